@@ -1,0 +1,1 @@
+"""Runs tile models over whole-slide images: SageMaker's side of Slideway."""

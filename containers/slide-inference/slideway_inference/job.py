@@ -1,0 +1,135 @@
+"""`process`: one instance of a SageMaker Processing job. Finds its shards, loads the model, works the slides, and
+tells the end in `output/message` and its exit code: 0 when the shard was worked through, 1 when the model package
+is unusable or every slide failed, 143 when it was told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from slideway_inference.contracts import Shard, parse_shard
+from slideway_inference.errors import JobFailed, ShardInvalid, Stopped
+from slideway_inference.log import Log
+from slideway_inference.model import load_predictors, open_package
+from slideway_inference.pipeline import Pipeline, Tally, processors
+from slideway_inference.store import Store
+
+_MESSAGE_BYTES = 1024
+_STOPPED = 128 + signal.SIGTERM
+
+
+def process() -> int:
+    """Runs the job and returns its exit code."""
+    root = Path(os.environ.get("SLIDEWAY_ML_ROOT", "/opt/ml"))
+    log = Log()
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
+    started = time.monotonic()
+    tally = Tally()
+    try:
+        shards = shards_of_host(root)
+        if shards:
+            log.bind(runId=shards[0].run_id, model=shards[0].model.name)
+        slides = sum(len(shard.slides) for shard in shards)
+        log.event("job-started", slides=slides, shards=[shard.shard for shard in shards])
+        if slides:
+            _work(root, shards, log, stop, tally)
+        code, message = _ending(tally)
+    except Stopped:
+        code, message = _STOPPED, f"Stopped before the end. {_counts(tally)}"
+    except JobFailed as error:
+        code, message = 1, f"{error.name}: {error}"
+    except Exception as error:
+        code, message = 1, f"InternalError: {type(error).__name__}: {error}"
+    _write_message(root, message)
+    log.event(
+        "job-ended",
+        level="info" if code == 0 else "error",
+        exitCode=code,
+        message=_shorten(message),
+        seconds=round(time.monotonic() - started, 3),
+        slides=dict(sorted(tally.states.items())),
+    )
+    return code
+
+
+def shards_of_host(root: Path) -> list[Shard]:
+    """The shards of this instance: hosts in order, shard j to host j mod n. Raises ShardInvalid."""
+    try:
+        resources = json.loads((root / "config/resourceconfig.json").read_text())
+        hosts = sorted(resources["hosts"])
+        host = hosts.index(resources["current_host"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardInvalid(f"config/resourceconfig.json: {type(error).__name__}: {error}") from error
+    files = sorted((root / "processing/input/shards").glob("shard-*.json"))
+    if not files:
+        raise ShardInvalid("The job has no shards.")
+    shards = [parse_shard(file.read_bytes(), file.name) for file in files[host :: len(hosts)]]
+    if len({shard.model for shard in shards}) > 1:
+        raise ShardInvalid("The shards of one job name different models.")
+    return shards
+
+
+def _work(root: Path, shards: Sequence[Shard], log: Log, stop: threading.Event, tally: Tally) -> None:
+    with tempfile.TemporaryDirectory(prefix="slideway-", dir=os.environ.get("SLIDEWAY_SCRATCH")) as folder:
+        scratch = Path(folder)
+        archive = root / "processing/input/model/model.tar.gz"
+        model, weights = open_package(archive, shards[0].model, scratch)
+        cores = processors()
+        predictors = load_predictors(model, weights, cpu_threads=max(1, cores // 2))
+        readers = int(os.environ.get("SLIDEWAY_READERS", 0)) or max(1, cores - len(predictors))
+        log.event("model-loaded", version=model.version, device=predictors[0].device_name, devices=len(predictors))
+        pipeline = Pipeline(
+            store=Store(),
+            model=model,
+            predictors=predictors,
+            readers=readers,
+            scratch=scratch,
+            job_name=_job_name(root),
+            log=log,
+            stop=stop,
+            tally=tally,
+        )
+        pipeline.run(shards)
+
+
+def _job_name(root: Path) -> str:
+    try:
+        return str(json.loads((root / "config/processingjobconfig.json").read_text())["ProcessingJobName"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardInvalid(f"config/processingjobconfig.json: {type(error).__name__}: {error}") from error
+
+
+def _ending(tally: Tally) -> tuple[int, str]:
+    total = sum(tally.states.values())
+    failed = tally.states["FAILED"]
+    message = " ".join([_counts(tally), *tally.reasons])
+    if total and failed == total:
+        return 1, f"Every slide failed. {message}"
+    return 0, message
+
+
+def _counts(tally: Tally) -> str:
+    total = sum(tally.states.values())
+    states = ", ".join(f"{count} {state}" for state, count in sorted(tally.states.items()))
+    return f"{total} slides: {states}." if total else "No slides."
+
+
+def _shorten(message: str) -> str:
+    data = message.encode()
+    return message if len(data) <= _MESSAGE_BYTES else data[: _MESSAGE_BYTES - 3].decode(errors="ignore") + "…"
+
+
+def _write_message(root: Path, message: str) -> None:
+    try:
+        (root / "output").mkdir(parents=True, exist_ok=True)
+        (root / "output/message").write_text(_shorten(message), encoding="utf-8")
+    except OSError as error:
+        print(f"output/message cannot be written: {error.strerror}", file=sys.stderr)

@@ -1,0 +1,177 @@
+"""Outlines of a binary mask as polygons with holes, for QuPath and for cleaning: each piece of tissue is one outer
+loop and the loops of its holes, so specks and holes are dropped by their area without labelling.
+
+The boundary runs along pixel edges with tissue on its right (clockwise as seen, y downwards). Every edge knows
+its successor, which one array operation finds; loops are then followed. Pixels that touch only at a corner are
+apart; holes that touch at a corner are one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Bool = npt.NDArray[np.bool_]
+Points = npt.NDArray[np.float64]
+
+_TOLERANCE = 0.35
+"""Mask pixels. Two stretches of a loop are at least 0.7 apart, so a simplified loop cannot cross itself."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Corners (n, 2) of pixel edges, x then y, in order; not closed by repetition. Area in pixels, not negative."""
+
+    corners: npt.NDArray[np.int64]
+    area: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A connected piece of the mask."""
+
+    outer: Loop
+    holes: tuple[Loop, ...]
+
+    @property
+    def area(self) -> int:
+        return self.outer.area - sum(hole.area for hole in self.holes)
+
+
+def pieces_of(mask: Bool) -> list[Piece]:
+    """The connected pieces of a mask (h, w), in the order of their topmost, then leftmost pixel."""
+    height, width = mask.shape
+    columns = width + 2
+    padded = np.zeros((height + 2, columns), np.bool_)
+    padded[1:-1, 1:-1] = mask
+    # An edge is its start corner × 4 + direction (0 east, 1 south, 2 west, 3 north); corner (y, x) is y·columns + x.
+    starts = []
+    for direction, (dy, dx, cy, cx) in enumerate(((-1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, -1, 1, 0))):
+        neighbour = np.roll(padded, (-dy, -dx), (0, 1))
+        ys, xs = np.nonzero(padded & ~neighbour)
+        starts.append(((ys + cy) * columns + xs + cx) * 4 + direction)
+    edges = np.sort(np.concatenate(starts).astype(np.int64))
+    if not len(edges):
+        return []
+    direction = edges & 3
+    end = (edges >> 2) + np.array([1, columns, -1, -columns])[direction]
+
+    def position(turn: int) -> tuple[npt.NDArray[np.int64], Bool]:
+        wanted = end * 4 + ((direction + turn) & 3)
+        at = np.minimum(np.searchsorted(edges, wanted), len(edges) - 1)
+        return at, edges[at] == wanted
+
+    right, has_right = position(1)
+    straight, has_straight = position(0)
+    left, _ = position(3)
+    successor = np.where(has_right, right, np.where(has_straight, straight, left))
+
+    loop_of = np.full(len(edges), -1, np.int64)
+    loops: list[npt.NDArray[np.int64]] = []
+    following = successor.tolist()
+    seen = bytearray(len(edges))
+    for first in range(len(following)):
+        if seen[first]:
+            continue
+        path = []
+        edge = first
+        while not seen[edge]:
+            seen[edge] = 1
+            path.append(edge)
+            edge = following[edge]
+        members = np.array(path)
+        loop_of[members] = len(loops)
+        loops.append(members)
+    return _group(edges, direction, loop_of, loops, columns)
+
+
+def _group(
+    edges: npt.NDArray[np.int64],
+    direction: npt.NDArray[np.int64],
+    loop_of: npt.NDArray[np.int64],
+    loops: list[npt.NDArray[np.int64]],
+    columns: int,
+) -> list[Piece]:
+    """Holes go to the outer loop around them: left of a hole's first pixel lies tissue, and the run of tissue there
+    begins at an edge of the outer loop, or of a hole of the same piece that lies further left."""
+    corner = edges >> 2
+    north = np.flatnonzero(direction == 3)
+    # A north edge at the left of pixel (y, x) starts at corner (y + 1, x).
+    north_pixels = corner[north] - columns
+    order = np.argsort(north_pixels)
+    north, north_pixels = north[order], north_pixels[order]
+
+    made: list[Loop] = []
+    signed: list[int] = []
+    for members in loops:
+        x, y = corner[members] % columns, corner[members] // columns
+        signed.append(int(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) // 2)
+        turns = direction[members] != np.roll(direction[members], 1)
+        made.append(Loop(np.stack([x[turns] - 1, y[turns] - 1], axis=1), abs(signed[-1])))
+
+    holes: dict[int, list[Loop]] = {index: [] for index, area in enumerate(signed) if area > 0}
+    parent = list(range(len(loops)))
+    pending = []
+    for index, area in enumerate(signed):
+        if area < 0:
+            # South edges run down the right side of tissue: the topmost, leftmost has the hole's first pixel after it.
+            members = loops[index]
+            south = members[direction[members] == 1]
+            pending.append((int(corner[south].min()), index))
+    for pixel, index in sorted(pending):
+        start = int(np.searchsorted(north_pixels, pixel)) - 1
+        parent[index] = parent[loop_of[north[start]]]
+        holes[parent[index]].append(made[index])
+    return [Piece(made[index], tuple(inner)) for index, inner in holes.items()]
+
+
+def fill(pieces: list[Piece], shape: tuple[int, int]) -> Bool:
+    """The mask (h, w) that the pieces outline, exactly."""
+    toggles = np.zeros((shape[0], shape[1] + 1), np.bool_)
+    for piece in pieces:
+        for loop in (piece.outer, *piece.holes):
+            x, y = loop.corners[:, 0], loop.corners[:, 1]
+            for x0, y0, x1, y1 in zip(x, y, np.roll(x, -1), np.roll(y, -1), strict=True):
+                if x0 == x1:
+                    toggles[min(y0, y1) : max(y0, y1), x0] ^= True
+    return np.logical_xor.accumulate(toggles, axis=1)[:, :-1]
+
+
+def smooth(loop: Loop) -> Points:
+    """The loop with its staircase cut at the middle of each unit edge and simplified by a third of a pixel.
+    Points (n, 2), not closed by repetition."""
+    corners = loop.corners.astype(np.float64)
+    following = np.roll(corners, -1, axis=0)
+    lengths = np.abs(following - corners).sum(axis=1).astype(np.int64)
+    # Long straight runs need only the middles of their first and last unit edge.
+    unit = (following - corners) / lengths[:, None]
+    first, last = corners + unit / 2, following - unit / 2
+    points = np.stack([first, last], axis=1).reshape(-1, 2)
+    points = points[np.any(points != np.roll(points, 1, axis=0), axis=1)]
+    return _simplify(points)
+
+
+def _simplify(points: Points) -> Points:
+    """Douglas–Peucker on a closed loop, split at its first point and the one farthest from it."""
+    if len(points) <= 4:
+        return points
+    far = int(np.argmax(((points - points[0]) ** 2).sum(axis=1)))
+    closed = np.concatenate([points, points[:1]])
+    keep = np.zeros(len(closed), np.bool_)
+    keep[[0, far, len(points)]] = True
+    spans = [(0, far), (far, len(points))]
+    while spans:
+        start, stop = spans.pop()
+        if stop - start < 2:
+            continue
+        line = closed[stop] - closed[start]
+        offset = closed[start + 1 : stop] - closed[start]
+        along = np.clip(offset @ line / max(float(line @ line), 1e-12), 0, 1)
+        distance = ((offset - along[:, None] * line) ** 2).sum(axis=1)
+        worst = int(np.argmax(distance))
+        if distance[worst] > _TOLERANCE**2:
+            middle = start + 1 + worst
+            keep[middle] = True
+            spans += [(start, middle), (middle, stop)]
+    return closed[:-1][keep[:-1]]

@@ -1,0 +1,134 @@
+"""The parent's side of the reader processes: an arena of shared memory for tiles, and processes that are started
+when needed and replaced when they die. See reader_process.py for why they are processes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from slideway_inference.errors import SlideUnreadable, Stopped, by_name
+from slideway_inference.reader_process import ErrorReply, ReadRequest, ReleaseRequest, Reply, Request
+from slideway_inference.survey import Survey, SurveyRequest
+
+_READ_SECONDS = 600.0
+_SURVEY_SECONDS = 3600.0
+"""Longest that a reader may be silent before it counts as hung; a survey of a slide without small levels reads it
+all."""
+
+
+class Arena:
+    """Shared memory in `slots` slots of `slot_bytes`, without a name in any file system: nothing is left behind
+    whatever happens, and the size of /dev/shm does not matter."""
+
+    def __init__(self, slots: int, slot_bytes: int, folder: Path) -> None:
+        size = slots * slot_bytes
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create("slideway-tiles")
+        else:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self.descriptor = os.dup(file.fileno())
+        os.ftruncate(self.descriptor, size)
+        self.slot_bytes = slot_bytes
+        self._memory = mmap.mmap(self.descriptor, size)
+
+    def tiles(self, slot: int, count: int, px: int) -> npt.NDArray[np.uint8]:
+        """The tiles in a slot, (count, px, px, 3); a view, valid until the slot is read into again."""
+        data = np.frombuffer(self._memory, np.uint8, count * px * px * 3, slot * self.slot_bytes)
+        return data.reshape(count, px, px, 3)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class ReaderProcess:
+    """One reader process; used by one thread. Starts on the first request, and anew after a crash."""
+
+    def __init__(self, arena: Arena, stop: threading.Event) -> None:
+        self._arena = arena
+        self._stop = stop
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def survey(self, request: SurveyRequest) -> Survey:
+        """Raises SlideQuarantined of all kinds."""
+        reply = self._call(request, _SURVEY_SECONDS)
+        assert isinstance(reply, Survey)
+        return reply
+
+    def read(self, request: ReadRequest) -> npt.NDArray[np.bool_]:
+        """Reads tiles into the arena; which of them were readable. Raises SlideUnreadable."""
+        reply = self._call(request, _READ_SECONDS)
+        assert isinstance(reply, np.ndarray)
+        return reply
+
+    def release(self) -> None:
+        """Closes the slide that the process holds."""
+        if self._connection is not None:
+            self._call(ReleaseRequest(), _READ_SECONDS)
+
+    def close(self) -> None:
+        if self._process is None or self._connection is None:
+            return
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._process = self._connection = None
+
+    def _call(self, request: Request, seconds: float) -> Reply:
+        connection = self._connection or self._start()
+        deadline = time.monotonic() + seconds
+        try:
+            connection.send(request)
+            while not connection.poll(0.2):
+                if self._stop.is_set():
+                    self.close()
+                    raise Stopped("The job was told to stop.")
+                if time.monotonic() > deadline:
+                    self.close()
+                    raise SlideUnreadable(f"Reading it took more than {seconds:.0f} s: the file is damaged.")
+            reply: Reply = connection.recv()
+        except (EOFError, OSError) as error:
+            raise SlideUnreadable(f"Reading it crashed the image library ({self._ending()}).") from error
+        if isinstance(reply, ErrorReply):
+            raise by_name(reply.name, reply.message)
+        return reply
+
+    def _start(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            package = str(Path(__file__).resolve().parents[1])
+            path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+            descriptors = (theirs.fileno(), self._arena.descriptor)
+            # Not -m: what is pickled must be known by the same module name on both sides.
+            start = "from slideway_inference.reader_process import main; main({}, {})".format(*descriptors)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", start],
+                pass_fds=descriptors,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # image libraries name files there
+            )
+        self._connection = Connection(ours.detach())
+        return self._connection
+
+    def _ending(self) -> str:
+        assert self._process is not None
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = 0
+        self.close()
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"

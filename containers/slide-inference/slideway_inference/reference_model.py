@@ -1,0 +1,87 @@
+"""Builds the reference model's package: `python -m slideway_inference.reference_model <out folder>` writes
+model.tar.gz. See models/haematoxylin-area/README.md for what it measures.
+
+The bytes depend on PyTorch's version alone: the archive carries no times or owners, and the TorchScript none of
+the debug records in which PyTorch keeps the path of its source."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+THRESHOLD = 0.4
+"""Haematoxylin optical density above which a pixel counts."""
+
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+"""Optical densities (red, green, blue) of haematoxylin, eosin and DAB: Ruifrok and Johnston, 2001."""
+
+_SOURCE = Path(__file__).resolve().parents[1] / "models/haematoxylin-area/model.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+class HaematoxylinArea(torch.nn.Module):
+    """(n, 3, h, w) in 0…1 to (n, 1): the fraction of pixels with haematoxylin above the threshold.
+
+    Sums channel by channel rather than by a matrix product, which mixed precision would round to 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
+        weights = -np.linalg.inv(rows)[:, 0] / np.log(10)
+        self.red, self.green, self.blue = (float(weight) for weight in weights)
+        self.threshold = THRESHOLD
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        light = tiles.clamp(min=1e-6).log_()
+        density = light[:, 0] * self.red
+        density = density.add_(light[:, 1], alpha=self.green).add_(light[:, 2], alpha=self.blue)
+        return (density > self.threshold).flatten(1).float().mean(1, keepdim=True)
+
+
+def model_bytes() -> bytes:
+    """model.pt: TorchScript, without PyTorch's debug records."""
+    raw = io.BytesIO()
+    torch.jit.save(torch.jit.script(HaematoxylinArea().eval()), raw)
+    clean = io.BytesIO()
+    with zipfile.ZipFile(raw) as source, zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(source.namelist()):
+            if not name.endswith(".debug_pkl"):
+                target.writestr(zipfile.ZipInfo(name, _EPOCH), source.read(name))
+    return clean.getvalue()
+
+
+def package_bytes() -> bytes:
+    """model.tar.gz: model.json, which is read first, then model.pt."""
+    raw = io.BytesIO()
+    with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed, tarfile.open(
+        fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT
+    ) as tar:
+        for name, data in (("model.json", _SOURCE.read_bytes()), ("model.pt", model_bytes())):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return raw.getvalue()
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python -m slideway_inference.reference_model <out folder>", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    data = package_bytes()
+    (folder / "model.tar.gz").write_bytes(data)
+    print(f"{folder / 'model.tar.gz'} sha256:{hashlib.sha256(data).hexdigest()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

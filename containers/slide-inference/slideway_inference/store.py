@@ -1,0 +1,170 @@
+"""S3 as this container uses it: slides come in by ranges of pinned versions, results go out. Every request is
+counted for the slide it was made for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import boto3
+import urllib3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from slideway_inference.contracts import BronzeFile, ShardSlide
+from slideway_inference.errors import DiskFull, OutputFailed, SlideFetchFailed, SlideUnopenable, Stopped
+
+_PART_BYTES = 16 << 20
+"""AWS advises ranges of 8–16 MB."""
+_STREAMS = 8
+_ATTEMPTS = 5
+_MISSING = {"404", "NoSuchKey", "NotFound"}
+_NO_SPACE = 28
+
+
+@dataclass
+class Requests:
+    """S3 requests made, by class; adding is thread-safe."""
+
+    get: int = 0
+    put: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, get: int = 0, put: int = 0) -> None:
+        with self._lock:
+            self.get += get
+            self.put += put
+
+
+class Store:
+    def __init__(self) -> None:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        self._client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,  # boto3 before 1.28 does not look at the environment
+            region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            config=Config(
+                retries={"mode": "standard", "max_attempts": 6},
+                connect_timeout=10,
+                read_timeout=60,
+                max_pool_connections=2 * _STREAMS,
+                s3={"addressing_style": "path" if endpoint else "auto"},
+            ),
+        )
+
+    def get_if_there(self, bucket: str, key: str, requests: Requests) -> bytes | None:
+        """The object, or None when there is none. Raises SlideFetchFailed."""
+        requests.count(get=1)
+        try:
+            body: bytes = self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            return body
+        except ClientError as error:
+            if error.response["Error"]["Code"] in _MISSING:
+                return None
+            raise SlideFetchFailed(f"Asking for its earlier result failed: {_reason(error)}.") from error
+        except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            raise SlideFetchFailed(f"Asking for its earlier result failed: {type(error).__name__}.") from error
+
+    def put(self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests) -> None:
+        """Raises OutputFailed."""
+        requests.count(put=1)
+        try:
+            self._client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
+        except ClientError as error:
+            raise OutputFailed(f"Writing {PurePosixPath(key).name} failed: {_reason(error)}.") from error
+        except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            raise OutputFailed(f"Writing {PurePosixPath(key).name} failed: {type(error).__name__}.") from error
+
+    def fetch(self, slide: ShardSlide, folder: Path, requests: Requests, stop: threading.Event) -> Path:
+        """Fetches all files of a slide into `folder`, laid out as they lie in Bronze, and returns the one to open.
+        Raises SlideFetchFailed, SlideUnopenable for an empty file, DiskFull, Stopped."""
+        paths = layout(slide)
+        if next(file.size for file in slide.files if file.key == slide.key) == 0:
+            raise SlideUnopenable("The file is empty (0 bytes): copy it again.")
+        try:
+            parts = []
+            for file in slide.files:
+                path = folder / paths[file.key]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as target:
+                    target.truncate(file.size)
+                parts += [(file, path, start) for start in range(0, file.size, _PART_BYTES)]
+            with ThreadPoolExecutor(_STREAMS, "fetch") as pool:
+                running = [pool.submit(self._part, slide.bucket, *part, requests, stop) for part in parts]
+                try:
+                    for future in running:
+                        future.result()
+                finally:
+                    for future in running:
+                        future.cancel()
+        except OSError as error:
+            if error.errno == _NO_SPACE:
+                raise DiskFull(
+                    f"The instance's volume is full; the slide has {slide.size / 1e9:.1f} GB: give the job a larger volume."
+                ) from error
+            raise SlideFetchFailed(f"Storing it on the instance failed: {error.strerror}.") from error
+        return folder / paths[slide.key]
+
+    def _part(
+        self, bucket: str, file: BronzeFile, path: Path, start: int, requests: Requests, stop: threading.Event
+    ) -> None:
+        stop_at = min(start + _PART_BYTES, file.size)
+        version = {"VersionId": file.version_id} if file.version_id else {}
+
+        def get() -> bytes:
+            requests.count(get=1)
+            answer: Any = self._client.get_object(
+                Bucket=bucket, Key=file.key, Range=f"bytes={start}-{stop_at - 1}", **version
+            )
+            data: bytes = answer["Body"].read()
+            whole = str(answer.get("ContentRange", "")).rpartition("/")[2]
+            if len(data) != stop_at - start or whole not in ("", str(file.size)):
+                raise SlideFetchFailed(f"Bronze holds {whole or len(data)} bytes where {file.size} were ingested.")
+            return data
+
+        data = _with_retries(get, stop)
+        with path.open("r+b") as target:
+            target.seek(start)
+            target.write(data)
+
+
+def _with_retries(get: Callable[[], bytes], stop: threading.Event) -> bytes:
+    """boto3 retries requests, not bodies that break off."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        if stop.is_set():
+            raise Stopped("The job was told to stop.")
+        try:
+            return get()
+        except ClientError as error:
+            raise SlideFetchFailed(f"Reading from Bronze failed: {_reason(error)}.") from error
+        except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            if attempt == _ATTEMPTS:
+                raise SlideFetchFailed(
+                    f"Reading from Bronze failed {_ATTEMPTS} times, at last with {type(error).__name__}."
+                ) from error
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError
+
+
+def _reason(error: ClientError) -> str:
+    details = error.response.get("Error", {})
+    return f"{details.get('Code', 'unknown')}, HTTP {error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')}"
+
+
+def layout(slide: ShardSlide) -> dict[str, PurePosixPath]:
+    """Key to relative path: below the folder that the files have in common, so that MRXS, VSI and DICOM find their
+    neighbours. Raises SlideFetchFailed for keys that would leave the folder."""
+    folders = [PurePosixPath(file.key).parent for file in slide.files]
+    common = folders[0]
+    while not all(folder.is_relative_to(common) for folder in folders):
+        common = common.parent
+    paths = {file.key: PurePosixPath(file.key).relative_to(common) for file in slide.files}
+    if any(".." in path.parts for path in paths.values()) or len(set(paths.values())) != len(paths):
+        raise SlideFetchFailed("Its keys in Bronze do not name files below one folder.")
+    return paths

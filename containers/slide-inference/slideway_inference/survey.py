@@ -1,0 +1,115 @@
+"""Looks at one slide before its tiles are read: how large a pixel is, where the tissue is, which tiles to keep,
+and the pictures for people. Everything that follows works from the survey."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from slideway_inference.contracts import MppSource
+from slideway_inference.errors import SlideUnreadable
+from slideway_inference.grid import TileGeometry, grid_axis, plan_tiles
+from slideway_inference.reader import SlideReader
+from slideway_inference.resolution import resolve_mpp
+from slideway_inference.tissue import TISSUE_MPP, find_tissue, tissue_geojson
+
+_THUMBNAIL_PIXELS = 1024
+_OVERVIEW_LIMIT = 16384
+"""Longest side of the overview; only an implausibly large slide would meet it."""
+
+
+@dataclass(frozen=True)
+class SurveyRequest:
+    path: Path
+    checksum: str
+    mpp: float | None
+    mpp_source: MppSource | None
+    px: int
+    tile_mpp: float
+    overlap: int
+    mpp_tolerance: float
+    tissue_min_fraction: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`positions` (n, 2) are the kept tiles' level-0 x, y, row by row; `fractions` (n,) their share of tissue;
+    `grid` counts all positions of the grid."""
+
+    width: int
+    height: int
+    levels: int
+    vendor: str
+    reader: str
+    mpp: tuple[float, float]
+    mpp_source: MppSource
+    geometry: TileGeometry
+    grid: int
+    positions: npt.NDArray[np.int32]
+    fractions: npt.NDArray[np.float32]
+    tissue_mm2: float
+    tissue_mpp: float
+    geojson: bytes
+    thumbnail: bytes
+    seconds: float
+
+
+def survey(slide: SlideReader, request: SurveyRequest) -> Survey:
+    """Raises MppMissing, MppImplausible, SlideUnreadable."""
+    started = time.monotonic()
+    mpp, source = resolve_mpp(request.mpp, request.mpp_source, slide.mpp)
+    geometry = plan_tiles(
+        slide.levels, mpp, request.px, request.tile_mpp, request.overlap, request.mpp_tolerance
+    )
+    shrink = max(1.0, slide.width * mpp[0] / TISSUE_MPP / _OVERVIEW_LIMIT, slide.height * mpp[1] / TISSUE_MPP / _OVERVIEW_LIMIT)
+    overview = slide.overview(
+        max(1, min(slide.width, round(slide.width * mpp[0] / TISSUE_MPP / shrink))),
+        max(1, min(slide.height, round(slide.height * mpp[1] / TISSUE_MPP / shrink))),
+    )
+    if overview.unreadable.all():
+        raise SlideUnreadable("It opens, but none of its pixels can be read: the file is damaged; scan or copy it again.")
+    tissue = find_tissue(overview, (slide.width, slide.height), mpp)
+
+    xs = grid_axis(slide.width, geometry.footprint_x, geometry.stride_x)
+    ys = grid_axis(slide.height, geometry.footprint_y, geometry.stride_y)
+    fractions = tissue.fractions(xs, ys, (geometry.footprint_x, geometry.footprint_y))
+    # A share that float arithmetic leaves a hair below the parameter is not below it.
+    rows, columns = np.nonzero(fractions >= request.tissue_min_fraction - 1e-6)
+    return Survey(
+        width=slide.width,
+        height=slide.height,
+        levels=len(slide.levels),
+        vendor=slide.vendor,
+        reader=slide.name,
+        mpp=mpp,
+        mpp_source=source,
+        geometry=geometry,
+        grid=len(xs) * len(ys),
+        positions=np.stack([xs[columns], ys[rows]], axis=1).astype(np.int32).reshape(-1, 2),
+        fractions=fractions[rows, columns],
+        tissue_mm2=tissue.area_mm2,
+        tissue_mpp=math.sqrt(tissue.scale_x * mpp[0] * tissue.scale_y * mpp[1]),
+        geojson=tissue_geojson(tissue, mpp, request.checksum),
+        thumbnail=_thumbnail(slide, overview.rgb),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _thumbnail(slide: SlideReader, overview: npt.NDArray[np.uint8]) -> bytes:
+    """JPEG of the whole slide with level 0's aspect, from level pixels only."""
+    scale = min(1.0, _THUMBNAIL_PIXELS / max(slide.width, slide.height))
+    size = max(1, round(slide.width * scale)), max(1, round(slide.height * scale))
+    if overview.shape[1] >= size[0] and overview.shape[0] >= size[1]:
+        image = Image.fromarray(overview).resize(size, Image.Resampling.BOX)
+    else:
+        image = Image.fromarray(slide.overview(*size).rgb)
+    target = io.BytesIO()
+    image.save(target, "JPEG", quality=85, subsampling=0)
+    return target.getvalue()

@@ -1,0 +1,109 @@
+"""An S3 of a few dozen lines, so that boto3 is used as it is: put, get with ranges and versions, head."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class S3:
+    """`objects` maps (bucket, key) to bytes, `versions` (bucket, key, version) too. Keys in `failing` answer with
+    the given status; `broken` counts down the GETs whose body breaks off half way."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str], bytes] = {}
+        self.versions: dict[tuple[str, str, str], bytes] = {}
+        self.failing: dict[str, int] = {}
+        self.broken = 0
+        self.log: list[tuple[str, str]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+        def _address(self) -> tuple[str, str, str | None]:
+            parts = urlsplit(self.path)
+            bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
+            return bucket, key, parse_qs(parts.query).get("versionId", [None])[0]
+
+        def do_PUT(self) -> None:
+            bucket, key, _ = self._address()
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if "aws-chunked" in self.headers.get("Content-Encoding", ""):
+                body = _dechunk(body)
+            s3.log.append(("PUT", key))
+            if self._refused(key):
+                return
+            s3.objects[bucket, key] = body
+            self._answer(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+
+        def do_GET(self) -> None:
+            bucket, key, version = self._address()
+            s3.log.append(("GET", key))
+            if self._refused(key):
+                return
+            body = s3.versions.get((bucket, key, version)) if version else s3.objects.get((bucket, key))
+            if body is None:
+                self._error(404, "NoSuchVersion" if version else "NoSuchKey")
+                return
+            first, last, status = 0, len(body) - 1, 200
+            headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+            if asked := self.headers.get("Range"):
+                first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+                last = min(last, len(body) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+                status = 206
+            data = body[first : last + 1]
+            if asked and s3.broken > 0:
+                s3.broken -= 1
+                self._answer(status, data, headers, send=data[: len(data) // 2])
+                self.close_connection = True
+                return
+            self._answer(status, data, headers)
+
+        def _refused(self, key: str) -> bool:
+            status = next((status for part, status in s3.failing.items() if part in key), None)
+            if status is not None:
+                self._error(status, "AccessDenied" if status == 403 else "InternalError")
+            return status is not None
+
+        def _error(self, status: int, code: str) -> None:
+            self._answer(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode(), {})
+
+        def _answer(self, status: int, body: bytes, headers: dict[str, str], send: bytes | None = None) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body if send is None else send)
+
+    return Handler
+
+
+def _dechunk(body: bytes) -> bytes:
+    out = b""
+    while body:
+        head, _, rest = body.partition(b"\r\n")
+        size = int(head.split(b";")[0], 16)
+        if size == 0:
+            break
+        out += rest[:size]
+        body = rest[size + 2 :]
+    return out

@@ -1,0 +1,439 @@
+/**
+ * The documents that pass between the parts: what is written to S3 and to the state table, and the small
+ * payloads of the state machine. One definition each, named as in the docs (docs/contracts.md).
+ *
+ * Documents that come from outside the TypeScript code (model packages, the container's completion markers)
+ * have a schema that checks them; those that Slideway itself writes and reads have a type.
+ */
+import { z } from 'zod';
+
+/** The states of a slide within a run, in the order in which they may follow, then those aside. */
+export const SLIDE_STATES = [
+  'EXPECTED',
+  'COPYING',
+  'INGESTED',
+  'INFERRING',
+  'INFERRED',
+  'AGGREGATED',
+  'MISSING',
+  'DUPLICATE',
+  'QUARANTINED',
+  'FAILED',
+] as const;
+export const slideStateSchema = z.enum(SLIDE_STATES);
+export type SlideState = z.infer<typeof slideStateSchema>;
+
+export type RunState = 'RUNNING' | 'SUCCEEDED' | 'PARTIAL' | 'FAILED';
+
+/** Why something did not succeed: `error` is a name the state machine and tests match, `message` says what to do. */
+export const reasonSchema = z.object({ error: z.string(), message: z.string() });
+export type Reason = z.infer<typeof reasonSchema>;
+
+export interface ObjectRef {
+  bucket: string;
+  key: string;
+  versionId?: string | undefined;
+}
+
+/** Parameters of the pipeline that shape results; recorded with every result. */
+export const parametersSchema = z.object({
+  /** A tile is kept when at least this share of it is tissue. */
+  tissueMinFraction: z.number().min(0).max(1),
+  /** A level whose µm/px is within this share of the model's is taken as it is, without resampling. */
+  mppTolerance: z.number().min(0).max(0.5),
+});
+export type Parameters = z.infer<typeof parametersSchema>;
+
+/** What the state machine carries from state to state about the run. */
+export const runContextSchema = z.object({
+  runId: z.string(),
+  study: z.string(),
+  manifest: z.object({
+    bucket: z.string(),
+    key: z.string(),
+    versionId: z.string().optional(),
+    etag: z.string(),
+  }),
+  /** Models of slides whose row names none, separated by `|`. */
+  defaultModel: z.string(),
+  parameters: parametersSchema,
+  /** ISO 8601, UTC. */
+  startedAt: z.string(),
+});
+export type RunContext = z.infer<typeof runContextSchema>;
+
+// --- model package -------------------------------------------------------------------------------------------
+
+const name = z
+  .string()
+  .regex(/^[a-z0-9][a-z0-9-]{0,62}$/, 'lower-case letters, digits and hyphens, at most 63');
+const version = z
+  .string()
+  .regex(/^[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}$/, 'letters, digits and . + _ -, at most 64');
+const outputName = z.string().regex(/^[a-z][a-z0-9_]{0,62}$/, 'lower-case letters, digits and underscores');
+
+export const AGGREGATES = ['mean', 'median', 'p10', 'p90', 'max', 'top_k_mean'] as const;
+export type Aggregate = (typeof AGGREGATES)[number];
+
+/** `model.json` of a model package. */
+export const modelSchema = z.object({
+  name,
+  version,
+  license: z.string().min(1),
+  description: z.string().optional(),
+  task: z.enum(['classification', 'regression', 'embedding']),
+  outputs: z.array(outputName).min(1),
+  tile: z.object({
+    px: z.number().int().min(16).max(4096),
+    mpp: z.number().positive().max(100),
+    overlap: z.number().int().min(0).default(0),
+  }),
+  input: z.object({
+    mean: z.array(z.number()).length(3),
+    std: z.array(z.number().positive()).length(3),
+    layout: z.enum(['NCHW', 'NHWC']).default('NCHW'),
+    range: z.tuple([z.number(), z.number()]).default([0, 1]),
+  }),
+  mode: z.enum(['processing', 'transform']),
+  batch: z.number().int().min(1).max(65536).default(64),
+  aggregate: z.array(z.enum(AGGREGATES)).min(1).default(['mean']),
+  top_k: z.number().int().min(1).default(10),
+  heatmap: z
+    .object({ output: outputName, colormap: z.enum(['inferno', 'viridis']).default('inferno') })
+    .optional(),
+});
+export type Model = z.infer<typeof modelSchema>;
+
+/** One model package, pinned: what a run says it used. `digest` is `sha256:<hex>` of model.tar.gz. */
+export interface ModelRef extends ObjectRef {
+  name: string;
+  version: string;
+  digest: string;
+}
+
+// --- plan -----------------------------------------------------------------------------------------------------
+
+/** How a slide's files belong together. */
+export const SLIDE_KINDS = ['file', 'mrxs', 'dicom', 'vsi'] as const;
+
+export const slideSourceSchema = z.object({
+  bucket: z.string(),
+  kind: z.enum(SLIDE_KINDS),
+  /** The file that is opened; for `dicom` the folder, ending in `/`. */
+  key: z.string(),
+  /** The folder that belongs to the slide, ending in `/`; absent for `file`. */
+  folder: z.string().optional(),
+  /** Number of objects and their bytes. */
+  files: z.number().int(),
+  size: z.number().int(),
+  /** ETag of `key` when planned; absent for `dicom`. */
+  etag: z.string().optional(),
+});
+export type SlideSource = z.infer<typeof slideSourceSchema>;
+
+/** A line of `runs/<runId>/plan/slides.jsonl`: one per row of the manifest. */
+export const plannedSlideSchema = z.object({
+  /** Line of the manifest, the header being 1. */
+  line: z.number().int(),
+  slideId: z.string(),
+  /** Path as the manifest has it, with forward slashes. */
+  slide: z.string(),
+  /** EXPECTED goes on; MISSING, DUPLICATE, QUARANTINED and FAILED are already decided. */
+  state: slideStateSchema,
+  reason: reasonSchema.optional(),
+  source: slideSourceSchema.optional(),
+  /** Where it goes in Bronze: `slides/<study>/<slideId>/` and the canonical name. */
+  target: z.object({ prefix: z.string(), name: z.string() }).optional(),
+  /** µm per pixel from the manifest or the catalogue. */
+  mpp: z.number().optional(),
+  mppSource: z.enum(['manifest', 'catalogue']).optional(),
+  /** Names of the models to run. */
+  models: z.array(z.string()),
+  /** Every further column of the manifest. */
+  metadata: z.record(z.string(), z.string()),
+});
+export type PlannedSlide = z.infer<typeof plannedSlideSchema>;
+
+/** `runs/<runId>/plan/plan.json`: the head of the plan. */
+export interface Plan {
+  run: RunContext;
+  codeVersion: string;
+  models: (ModelRef & { model: Model })[];
+  counts: Partial<Record<SlideState, number>>;
+}
+
+// --- ingestion --------------------------------------------------------------------------------------------------
+
+/** One object in Bronze. `checksum` is S3's full-object `crc64nvme:<base64>`. */
+export interface BronzeFile {
+  key: string;
+  versionId?: string;
+  size: number;
+  checksum: string;
+}
+
+/** What ingestion leaves on record for a slide. */
+export interface BronzeSlide {
+  bucket: string;
+  /** The file that is opened, one of `files`. */
+  key: string;
+  files: BronzeFile[];
+  size: number;
+  /** The slide's checksum: that of its one file, or `sha256:<hex>` over `<name> <checksum>\n` of all, sorted. */
+  checksum: string;
+}
+
+// --- jobs -----------------------------------------------------------------------------------------------------
+
+/** `runs/<runId>/jobs/<model>/shard-0000.json`: what one instance works through. */
+export interface Shard {
+  runId: string;
+  shard: number;
+  shards: number;
+  model: ModelRef;
+  parameters: Parameters;
+  codeVersion: string;
+  /** Results go to `<prefix><slideId>/<model>/`. */
+  output: { bucket: string; prefix: string };
+  slides: ShardSlide[];
+}
+
+export interface ShardSlide {
+  slideId: string;
+  slide: string;
+  bronze: BronzeSlide;
+  /** µm per pixel given by manifest or catalogue; overrides the file's. */
+  mpp?: number;
+  mppSource?: 'manifest' | 'catalogue';
+}
+
+/** One inference job as the state machine carries it; small, because there is one per model. */
+export const inferenceJobSchema = z.object({
+  model: z.string(),
+  version: z.string(),
+  /** Unique base of the job's name; an attempt's number is appended. At most 57 characters. */
+  jobName: z.string(),
+  shardsUri: z.string(),
+  modelUri: z.string(),
+  slides: z.number().int(),
+  instanceCount: z.number().int(),
+  instanceType: z.string(),
+  volumeSizeInGB: z.number().int(),
+  maxRuntimeInSeconds: z.number().int(),
+});
+export type InferenceJob = z.infer<typeof inferenceJobSchema>;
+
+/** A line of `runs/<runId>/plan/inference.jsonl`: one per slide that went into inference. */
+export const inferenceSlideSchema = z.object({
+  slideId: z.string(),
+  slide: z.string(),
+  line: z.number().int(),
+  checksum: z.string(),
+  models: z.array(z.string()),
+});
+export type InferenceSlide = z.infer<typeof inferenceSlideSchema>;
+
+/** `complete.json`, written last by the container for each slide and model. */
+export const completionSchema = z.object({
+  runId: z.string(),
+  slideId: z.string(),
+  state: z.enum(['INFERRED', 'QUARANTINED', 'FAILED']),
+  error: z.string().optional(),
+  message: z.string().optional(),
+  checksum: z.string(),
+  model: z.object({ name: z.string(), version: z.string(), digest: z.string() }),
+  parameters: z.record(z.string(), z.number()),
+  codeVersion: z.string(),
+  jobName: z.string(),
+  completedAt: z.string(),
+  /** Present when the slide could be opened. */
+  slide: z
+    .object({
+      width: z.number().int(),
+      height: z.number().int(),
+      mppX: z.number(),
+      mppY: z.number(),
+      mppSource: z.enum(['manifest', 'catalogue', 'file']),
+      levels: z.number().int(),
+      vendor: z.string(),
+      reader: z.string(),
+    })
+    .optional(),
+  /** Present when INFERRED: the tile grid. Footprint in level-0 pixels; `mpp` is the true one. */
+  tile: z
+    .object({
+      px: z.number().int(),
+      mpp: z.number(),
+      overlap: z.number().int(),
+      footprintX: z.number(),
+      footprintY: z.number(),
+      level: z.number().int(),
+    })
+    .optional(),
+  tiles: z
+    .object({
+      grid: z.number().int(),
+      kept: z.number().int(),
+      ok: z.number().int(),
+      unreadable: z.number().int(),
+    })
+    .optional(),
+  tissue: z.object({ areaMm2: z.number(), mpp: z.number() }).optional(),
+  /** File name to checksum and size of what stands beside this marker. */
+  outputs: z.record(z.string(), z.object({ sha256: z.string(), bytes: z.number().int() })),
+  timings: z.record(z.string(), z.number()),
+  requests: z.object({ get: z.number().int(), put: z.number().int() }),
+  device: z.string(),
+});
+export type Completion = z.infer<typeof completionSchema>;
+
+// --- results ------------------------------------------------------------------------------------------------
+
+/** Where the heatmap lies over the slide. Level-0 position = origin + pixel × level0PerPixel. */
+export interface HeatmapGeometry {
+  /** The output that is drawn. */
+  output: string;
+  colormap: 'inferno' | 'viridis';
+  /** Values of the lowest and the highest colour: 0–1, or the 1st and 99th percentile of the readable tiles. */
+  range: { min: number; max: number; of: 'unit' | 'p1-p99' };
+  /** Level-0 position of the top-left corner. */
+  origin: { x: number; y: number };
+  level0PerPixel: number;
+  micronsPerPixel: { x: number; y: number };
+  /** The slide's part of the picture, at its top-left; the rest is the legend. Pixels. */
+  area: { width: number; height: number };
+  /** The whole picture. Pixels. */
+  picture: { width: number; height: number };
+}
+
+/** What the tiles of a slide say together, for a classification; nulls where there is no readable tile. */
+export interface ClassVote {
+  /** The class with the highest mean. */
+  predictedByMean: string | null;
+  /** The class that is the highest of the most tiles. */
+  predictedByVote: string | null;
+  votes: Record<string, number>;
+  voteShare: Record<string, number | null>;
+}
+
+/** `result.json`: the answer of one model for one slide. Quantiles by linear interpolation, as numpy's default. */
+export interface SlideResult {
+  runId: string;
+  slideId: string;
+  slide: string;
+  model: { name: string; version: string; digest: string; task: Model['task'] };
+  tiles: { grid: number; kept: number; ok: number; unreadable: number };
+  /** Every aggregate of every output, over the readable tiles. */
+  outputs: Record<string, Record<Aggregate, number | null>>;
+  /** How many of the highest tiles `top_k_mean` is the mean of, at most. */
+  topK: number;
+  /** Only for a classification. */
+  classes: ClassVote | null;
+  /** In words, what the numbers alone do not say: no tissue, unreadable tiles. */
+  note: string | null;
+  tissueAreaMm2: number;
+  tile: Completion['tile'] | null;
+  slideGeometry: Completion['slide'] | null;
+  heatmap: HeatmapGeometry | null;
+  /** Seconds, by stage of the container. */
+  timings: Record<string, number>;
+  lineage: {
+    jobName: string;
+    device: string;
+    completedAt: string;
+    parameters: Record<string, number>;
+    /** Of the container, and of the function that aggregated. */
+    codeVersion: { inference: string; aggregation: string };
+    input: { checksum: string; object: ObjectRef | null };
+    /** Every file beside this one. */
+    outputs: Record<string, { sha256: string; bytes: number }>;
+  };
+}
+
+/** One model's answer for one slide, as the state table and run.json hold it. */
+export interface ResultSummary {
+  model: string;
+  version: string;
+  /** Key of result.json in Silver. */
+  key: string;
+  tiles: { kept: number; ok: number; unreadable: number };
+  tissueMm2: number;
+  /** `<aggregate>_<output>` → number; null where there is no tile. For classes also `predicted_mean`, `predicted_vote`. */
+  outputs: Record<string, number | string | null>;
+  /** Level-0 pixels, for laying the heatmap over the thumbnail. */
+  size?: { width: number; height: number };
+  heatmap?: HeatmapGeometry;
+}
+
+/** A slide's item in the state table: `pk = RUN#<runId>`, `sk = SLIDE#<slideId>`. */
+export interface SlideItem {
+  slideId: string;
+  slide: string;
+  state: SlideState;
+  reason?: Reason;
+  bronze?: BronzeSlide;
+  results?: ResultSummary[];
+  /** AWS requests counted for this slide, by class. */
+  requests?: Record<string, number>;
+  updatedAt: string;
+}
+
+/** The run's own item in the state table: `pk = RUN#<runId>`, `sk = RUN`. */
+export interface RunItem extends RunContext {
+  state: RunState;
+  reason?: Reason;
+  executionArn: string;
+  endedAt?: string;
+  counts?: Partial<Record<SlideState, number>>;
+}
+
+/** A job's item in the state table: `pk = RUN#<runId>`, `sk = JOB#<jobName>`. */
+export interface JobItem {
+  jobName: string;
+  model: string;
+  version: string;
+  state: 'SUCCEEDED' | 'FAILED';
+  reason?: Reason;
+  instanceType: string;
+  instanceCount: number;
+  instanceSeconds: number;
+}
+
+/** `runs/<runId>/run.json`. */
+export interface RunSummary {
+  runId: string;
+  study: string;
+  manifest: ObjectRef & { etag: string };
+  state: RunState;
+  reason: Reason | null;
+  startedAt: string;
+  endedAt: string;
+  models: { name: string; version: string; digest: string; license: string }[];
+  parameters: Parameters | null;
+  codeVersion: string;
+  counts: Partial<Record<SlideState, number>>;
+  slides: RunSlide[];
+  jobs: JobItem[];
+  cost: RunCost;
+}
+
+export interface RunSlide {
+  slideId: string;
+  slide: string;
+  line: number;
+  state: SlideState;
+  reason: Reason | null;
+  checksum: string | null;
+  results: { model: string; version: string; key: string; outputs: ResultSummary['outputs'] }[];
+}
+
+export interface RunCost {
+  requests: Record<string, number>;
+  transitions: number;
+  instanceSeconds: number;
+  estimatedUsd: number;
+  /** Date of the price table used. */
+  prices: string;
+  /** Instance types that the price table does not know; the estimate leaves them out. */
+  unpriced: string[];
+}

@@ -1,0 +1,401 @@
+/**
+ * What one slide came to: for each of its models the container's marker is checked against what was planned and
+ * what lies beside it, tile values become `result.json` and `heatmap.png`, and the slide takes its final state.
+ * The same input gives the same bytes, so that a repeated invocation changes nothing.
+ */
+import type { S3Client } from '@aws-sdk/client-s3';
+
+import { aggregateOutput, vote } from './aggregate.ts';
+import {
+  AGGREGATES,
+  type BronzeSlide,
+  type Completion,
+  completionSchema,
+  type HeatmapGeometry,
+  type InferenceSlide,
+  type JobItem,
+  type Plan,
+  type Reason,
+  type ResultSummary,
+  type RunContext,
+  type SlideResult,
+  type SlideState,
+} from './contracts.ts';
+import { reasonOf, SlidewayError } from './errors.ts';
+import { drawHeatmap } from './heatmap.ts';
+import { planKey, resultPrefix } from './keys.ts';
+import type { Lineage } from './lineage.ts';
+import { addCounts } from './metering.ts';
+import type { StateTable } from './state.ts';
+import { readBytes, readJson, sha256, writeJson, writeObject } from './store.ts';
+import { ResultCorrupt, readTiles, type TileTable } from './tiles.ts';
+
+/** The job ended well, yet there is no answer for the slide. */
+export class ResultMissing extends SlidewayError {}
+/** The job that had the slide failed before it came to it. */
+export class JobFailed extends SlidewayError {}
+
+export interface AggregateInput {
+  run: RunContext;
+  slide: InferenceSlide;
+}
+
+export interface AggregateDependencies {
+  s3: S3Client;
+  state: StateTable;
+  lineage: Lineage;
+  silver: string;
+  codeVersion: string;
+  /** AWS requests that this invocation has made so far. */
+  countedRequests(): Record<string, number>;
+}
+
+/** How one model's answer ended. */
+interface Outcome {
+  model: string;
+  state: Extract<SlideState, 'AGGREGATED' | 'QUARANTINED' | 'FAILED'>;
+  reason?: Reason;
+  summary?: ResultSummary;
+  requests?: Completion['requests'];
+}
+
+type PlannedModel = Plan['models'][number];
+
+export async function aggregateSlide(
+  input: AggregateInput,
+  deps: AggregateDependencies,
+): Promise<{ slideId: string; state: SlideState }> {
+  const { run, slide } = input;
+  const plan = (await readJson(deps.s3, { bucket: deps.silver, key: planKey(run.runId) })) as
+    | Plan
+    | undefined;
+  if (!plan) throw new ResultMissing(`plan.json of the run ${run.runId} is not there; plan the run again`);
+  const item = await deps.state.slide(run.runId, slide.slideId);
+
+  const outcomes: Outcome[] = [];
+  for (const name of slide.models) {
+    const model = plan.models.find((planned) => planned.name === name);
+    outcomes.push(
+      model
+        ? await aggregateModel(input, model, item?.bronze, deps)
+        : failed(name, new ResultMissing(`the model ${name} is not in the run's plan`)),
+    );
+  }
+
+  const state = together(outcomes);
+  const reason = reasonFor(outcomes);
+  const results = outcomes.flatMap(({ summary }) => summary ?? []);
+  await deps.lineage.append(
+    { slideId: slide.slideId },
+    {
+      id: `${run.runId}/aggregate`,
+      action: `SLIDE_${state}`,
+      runId: run.runId,
+      ...(reason && { reason: `${reason.error}: ${reason.message}` }),
+      outputs: results.map(({ key }) => ({ bucket: deps.silver, key })),
+    },
+  );
+  const container = outcomes.map(({ requests }) => ({
+    s3Get: requests?.get ?? 0,
+    s3Put: requests?.put ?? 0,
+  }));
+  const requests = [deps.countedRequests(), ...container].reduce(addCounts, item?.requests ?? {});
+  const moved = await deps.state.transition(run.runId, slide.slideId, state, {
+    slide: slide.slide,
+    ...(reason && { reason }),
+    results,
+    requests,
+  });
+  // A slide that had ended before keeps the state it ended in.
+  return { slideId: slide.slideId, state: moved ? state : (item?.state ?? state) };
+}
+
+/** The slide is AGGREGATED when all its models are; one that only a person can help weighs less than a failure. */
+function together(outcomes: Outcome[]): Outcome['state'] {
+  if (outcomes.some(({ state }) => state === 'FAILED')) return 'FAILED';
+  return outcomes.some(({ state }) => state === 'QUARANTINED') ? 'QUARANTINED' : 'AGGREGATED';
+}
+
+function reasonFor(outcomes: Outcome[]): Reason | undefined {
+  const state = together(outcomes);
+  const troubled = outcomes.filter(({ reason }) => reason);
+  const first = troubled.find((outcome) => outcome.state === state)?.reason;
+  if (!first || outcomes.length === 1) return first;
+  return {
+    error: first.error,
+    message: troubled.map(({ model, reason }) => `${model}: ${reason?.message}`).join('; '),
+  };
+}
+
+const failed = (model: string, error: unknown): Outcome => ({
+  model,
+  state: 'FAILED',
+  reason: reasonOf(error),
+});
+
+async function aggregateModel(
+  input: AggregateInput,
+  planned: PlannedModel,
+  bronze: BronzeSlide | undefined,
+  deps: AggregateDependencies,
+): Promise<Outcome> {
+  const { run, slide } = input;
+  const prefix = resultPrefix(run.runId, slide.slideId, planned.name);
+  try {
+    const marker = await readMarker(input, planned, prefix, deps);
+    if (!marker) return failed(planned.name, await whyNothing(run.runId, planned.name, deps));
+    if (marker.state !== 'INFERRED') {
+      return {
+        model: planned.name,
+        state: marker.state,
+        reason: {
+          error: marker.error ?? 'InferenceFailed',
+          message: marker.message ?? 'no message was left',
+        },
+        requests: marker.requests,
+      };
+    }
+    const summary = await writeResult({ input, planned, prefix, marker, bronze }, deps);
+    return { model: planned.name, state: 'AGGREGATED', summary, requests: marker.requests };
+  } catch (error) {
+    if (error instanceof ResultCorrupt) return failed(planned.name, error);
+    throw error;
+  }
+}
+
+/** The container's marker, if there is one and it speaks of what was planned. */
+async function readMarker(
+  { run, slide }: AggregateInput,
+  planned: PlannedModel,
+  prefix: string,
+  { s3, silver }: AggregateDependencies,
+): Promise<Completion | undefined> {
+  const bytes = await readBytes(s3, { bucket: silver, key: `${prefix}complete.json` });
+  if (!bytes) return undefined;
+  let document: unknown;
+  try {
+    document = JSON.parse(Buffer.from(bytes).toString('utf8'));
+  } catch {
+    throw new ResultCorrupt('complete.json is not JSON');
+  }
+  const parsed = completionSchema.safeParse(document);
+  if (!parsed.success) {
+    const issue = parsed.error.issues[0];
+    throw new ResultCorrupt(`complete.json, ${issue?.path.join('.')}: ${issue?.message}`);
+  }
+  const marker = parsed.data;
+  expectSame('complete.json', 'run', marker.runId, run.runId);
+  expectSame('complete.json', 'slide', marker.slideId, slide.slideId);
+  expectSame('complete.json', 'checksum of the slide', marker.checksum, slide.checksum);
+  expectSame('complete.json', 'digest of the model', marker.model.digest, planned.digest);
+  return marker;
+}
+
+function expectSame(file: string, what: string, found: unknown, expected: unknown): void {
+  if (found !== expected) throw new ResultCorrupt(`${file}: the ${what} is ${found}, expected ${expected}`);
+}
+
+/** Why there is no marker: the job's own reason where it failed. */
+async function whyNothing(runId: string, model: string, { state }: AggregateDependencies): Promise<Error> {
+  const jobs: JobItem[] = [];
+  for await (const job of state.jobs(runId)) if (job.model === model) jobs.push(job);
+  const job = jobs.find(({ state }) => state === 'SUCCEEDED') ?? jobs.at(-1);
+  if (job?.state === 'FAILED') {
+    return new JobFailed(`the job ${job.jobName} failed: ${job.reason?.message ?? 'it gave no reason'}`);
+  }
+  return new ResultMissing(
+    `the job ${job?.jobName ?? `of ${model}`} left nothing for this slide; drop the manifest again to have it done`,
+  );
+}
+
+interface Answer {
+  input: AggregateInput;
+  planned: PlannedModel;
+  prefix: string;
+  marker: Completion;
+  bronze: BronzeSlide | undefined;
+}
+
+async function writeResult(answer: Answer, deps: AggregateDependencies): Promise<ResultSummary> {
+  const { input, planned, prefix, marker, bronze } = answer;
+  const { run, slide } = input;
+  const tiles = await readAnswer(answer, deps);
+  const heatmap = await writeHeatmap(answer, tiles, deps);
+  const result = slideResult(answer, tiles, heatmap, deps);
+  const key = `${prefix}result.json`;
+  await writeJson(deps.s3, { bucket: deps.silver, key }, result);
+
+  const modelObject = { bucket: planned.bucket, key: planned.key, checksum: planned.digest };
+  await deps.lineage.append(
+    { slideId: slide.slideId },
+    {
+      id: `${run.runId}/infer/${planned.name}`,
+      action: 'SLIDE_INFERRED',
+      runId: run.runId,
+      inputs: [
+        ...(bronze
+          ? bronze.files.map(({ key, versionId, checksum }) => ({
+              bucket: bronze.bucket,
+              key,
+              ...(versionId && { versionId }),
+              checksum,
+            }))
+          : []),
+        { ...modelObject, ...(planned.versionId && { versionId: planned.versionId }) },
+      ],
+      outputs: Object.entries(result.lineage.outputs).map(([file, { sha256 }]) => ({
+        bucket: deps.silver,
+        key: `${prefix}${file}`,
+        checksum: `sha256:${bare(sha256)}`,
+      })),
+      parameters: {
+        ...marker.parameters,
+        jobName: marker.jobName,
+        device: marker.device,
+        inferenceCodeVersion: marker.codeVersion,
+      },
+    },
+  );
+  return summaryOf(result, planned, key);
+}
+
+/** A hash as the container or this code writes it, without its prefix. */
+const bare = (hash: string) => hash.replace(/^sha256:/, '');
+
+/** tiles.parquet, checked: the bytes that the marker names, of the slide and model that were planned. */
+async function readAnswer(
+  { input, planned, prefix, marker }: Answer,
+  { s3, silver }: AggregateDependencies,
+): Promise<TileTable> {
+  const bytes = await readBytes(s3, { bucket: silver, key: `${prefix}tiles.parquet` });
+  if (!bytes) throw new ResultCorrupt('complete.json is there, tiles.parquet is not');
+  expectSame(
+    'tiles.parquet',
+    'SHA-256',
+    bare(sha256(bytes)),
+    bare(marker.outputs['tiles.parquet']?.sha256 ?? ''),
+  );
+  const tiles = await readTiles(bytes, planned.model);
+  expectSame('tiles.parquet', 'slide', tiles.metadata.get('slide_id'), input.slide.slideId);
+  expectSame(
+    'tiles.parquet',
+    'checksum of the slide',
+    tiles.metadata.get('slide_checksum'),
+    input.slide.checksum,
+  );
+  expectSame('tiles.parquet', 'digest of the model', tiles.metadata.get('model_digest'), planned.digest);
+  expectSame('tiles.parquet', 'number of tiles', tiles.rows, marker.tiles?.kept);
+  expectSame('tiles.parquet', 'number of readable tiles', countReadable(tiles), marker.tiles?.ok);
+  return tiles;
+}
+
+function countReadable({ readable }: TileTable): number {
+  let count = 0;
+  for (const ok of readable) count += ok;
+  return count;
+}
+
+/** The heatmap of the output that the model names, else of its first; none for embeddings and for no tiles. */
+async function writeHeatmap(
+  { planned, prefix, marker }: Answer,
+  tiles: TileTable,
+  { s3, silver }: AggregateDependencies,
+): Promise<{ geometry: HeatmapGeometry; sha256: string; bytes: number } | undefined> {
+  const { model } = planned;
+  const output = model.heatmap?.output ?? (model.task === 'embedding' ? undefined : model.outputs[0]);
+  if (!output || !marker.slide || !marker.tile || tiles.rows === 0) return undefined;
+  const { png, geometry } = await drawHeatmap({
+    tiles,
+    output,
+    colormap: model.heatmap?.colormap ?? 'inferno',
+    model,
+    slide: marker.slide,
+    footprint: marker.tile.footprintX,
+  });
+  await writeObject(s3, { bucket: silver, key: `${prefix}heatmap.png` }, png, 'image/png');
+  return { geometry, sha256: bare(sha256(png)), bytes: png.byteLength };
+}
+
+function slideResult(
+  { input, planned, marker, bronze }: Answer,
+  tiles: TileTable,
+  heatmap: { geometry: HeatmapGeometry; sha256: string; bytes: number } | undefined,
+  { codeVersion }: AggregateDependencies,
+): SlideResult {
+  const { model } = planned;
+  const outputs = Object.fromEntries(
+    [...tiles.outputs].map(([name, values]) => [name, aggregateOutput(tiles, values, model.top_k)]),
+  );
+  const means = Object.fromEntries(Object.entries(outputs).map(([name, { mean }]) => [name, mean]));
+  const ok = countReadable(tiles);
+  return {
+    runId: input.run.runId,
+    slideId: input.slide.slideId,
+    slide: input.slide.slide,
+    model: { name: planned.name, version: planned.version, digest: planned.digest, task: model.task },
+    tiles: {
+      grid: marker.tiles?.grid ?? tiles.rows,
+      kept: tiles.rows,
+      ok,
+      unreadable: tiles.rows - ok,
+    },
+    outputs,
+    topK: model.top_k,
+    classes: model.task === 'classification' ? vote(tiles, means) : null,
+    note: noteOn(tiles.rows, ok),
+    tissueAreaMm2: marker.tissue?.areaMm2 ?? 0,
+    tile: marker.tile ?? null,
+    slideGeometry: marker.slide ?? null,
+    heatmap: heatmap?.geometry ?? null,
+    timings: marker.timings,
+    lineage: {
+      jobName: marker.jobName,
+      device: marker.device,
+      completedAt: marker.completedAt,
+      parameters: marker.parameters,
+      codeVersion: { inference: marker.codeVersion, aggregation: codeVersion },
+      input: {
+        checksum: marker.checksum,
+        object: bronze ? { bucket: bronze.bucket, key: bronze.key } : null,
+      },
+      outputs: {
+        ...marker.outputs,
+        ...(heatmap && { 'heatmap.png': { sha256: heatmap.sha256, bytes: heatmap.bytes } }),
+      },
+    },
+  };
+}
+
+function noteOn(kept: number, ok: number): string | null {
+  if (kept === 0) return 'No tissue was found, so there was no tile to look at.';
+  if (ok === 0) return `None of the ${kept} tiles could be read.`;
+  if (ok < kept) return `${kept - ok} of ${kept} tiles could not be read; no number counts them.`;
+  return null;
+}
+
+/** The columns that the model's author chose, for tables and the report. */
+function summaryOf(result: SlideResult, { model }: PlannedModel, key: string): ResultSummary {
+  const outputs: ResultSummary['outputs'] = {};
+  for (const aggregate of AGGREGATES) {
+    if (!model.aggregate.includes(aggregate)) continue;
+    for (const [name, all] of Object.entries(result.outputs))
+      outputs[`${aggregate}_${name}`] = all[aggregate];
+  }
+  if (result.classes) {
+    outputs.predicted_mean = result.classes.predictedByMean;
+    outputs.predicted_vote = result.classes.predictedByVote;
+  }
+  const { kept, ok, unreadable } = result.tiles;
+  return {
+    model: result.model.name,
+    version: result.model.version,
+    key,
+    tiles: { kept, ok, unreadable },
+    tissueMm2: result.tissueAreaMm2,
+    outputs,
+    ...(result.slideGeometry && {
+      size: { width: result.slideGeometry.width, height: result.slideGeometry.height },
+    }),
+    ...(result.heatmap && { heatmap: result.heatmap }),
+  };
+}

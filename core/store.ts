@@ -1,0 +1,92 @@
+/** Documents in S3: JSON, JSON lines and text, streamed where they can be long. */
+import { createHash } from 'node:crypto';
+import { createInterface } from 'node:readline';
+import { PassThrough, Readable } from 'node:stream';
+import { pipeline } from 'node:stream/promises';
+import { GetObjectCommand, PutObjectCommand, type S3Client } from '@aws-sdk/client-s3';
+import { Upload } from '@aws-sdk/lib-storage';
+import type { ObjectRef } from './contracts.ts';
+import { isNotFound } from './errors.ts';
+
+/** The object's body as a stream; `undefined` when there is no such object. */
+export async function readObject(s3: S3Client, ref: ObjectRef): Promise<Readable | undefined> {
+  try {
+    const answer = await s3.send(
+      new GetObjectCommand({ Bucket: ref.bucket, Key: ref.key, VersionId: ref.versionId }),
+    );
+    return answer.Body as Readable;
+  } catch (error) {
+    if (isNotFound(error)) return undefined;
+    throw error;
+  }
+}
+
+export async function readBytes(s3: S3Client, ref: ObjectRef): Promise<Uint8Array | undefined> {
+  const body = await readObject(s3, ref);
+  if (!body) return undefined;
+  const chunks: Buffer[] = [];
+  for await (const chunk of body) chunks.push(chunk as Buffer);
+  return Buffer.concat(chunks);
+}
+
+/** Parsed JSON; the caller checks its shape where it does not come from Slideway itself. */
+export async function readJson(s3: S3Client, ref: ObjectRef): Promise<unknown> {
+  const bytes = await readBytes(s3, ref);
+  return bytes && JSON.parse(Buffer.from(bytes).toString('utf8'));
+}
+
+/** One parsed line after the other of a JSON lines object that Slideway wrote. */
+export async function* readLines<T>(s3: S3Client, ref: ObjectRef): AsyncGenerator<T> {
+  const body = await readObject(s3, ref);
+  if (!body) return;
+  for await (const line of createInterface({ input: body, crlfDelay: Number.POSITIVE_INFINITY })) {
+    if (line !== '') yield JSON.parse(line) as T;
+  }
+}
+
+export async function writeObject(
+  s3: S3Client,
+  ref: ObjectRef,
+  body: string | Uint8Array,
+  contentType: string,
+): Promise<ObjectRef> {
+  const { VersionId } = await s3.send(
+    new PutObjectCommand({ Bucket: ref.bucket, Key: ref.key, Body: body, ContentType: contentType }),
+  );
+  return { bucket: ref.bucket, key: ref.key, ...(VersionId && { versionId: VersionId }) };
+}
+
+export const writeJson = (s3: S3Client, ref: ObjectRef, value: unknown): Promise<ObjectRef> =>
+  writeObject(s3, ref, `${JSON.stringify(value, null, 2)}\n`, 'application/json');
+
+/** Writes text of any length as it is made, in parts, never holding it whole. */
+export async function writeText(
+  s3: S3Client,
+  ref: ObjectRef,
+  text: AsyncIterable<string> | Iterable<string>,
+  contentType: string,
+): Promise<ObjectRef> {
+  const body = new PassThrough({ highWaterMark: 1 << 20 });
+  const upload = new Upload({
+    client: s3,
+    params: { Bucket: ref.bucket, Key: ref.key, Body: body, ContentType: contentType },
+    partSize: 8 << 20,
+    queueSize: 2,
+  });
+  const [answer] = await Promise.all([upload.done(), pipeline(Readable.from(text), body)]);
+  return { bucket: ref.bucket, key: ref.key, ...(answer.VersionId && { versionId: answer.VersionId }) };
+}
+
+export async function writeLines(
+  s3: S3Client,
+  ref: ObjectRef,
+  values: AsyncIterable<unknown> | Iterable<unknown>,
+): Promise<ObjectRef> {
+  async function* lines() {
+    for await (const value of values) yield `${JSON.stringify(value)}\n`;
+  }
+  return writeText(s3, ref, lines(), 'application/x-ndjson');
+}
+
+export const sha256 = (bytes: string | Uint8Array): string =>
+  `sha256:${createHash('sha256').update(bytes).digest('hex')}`;

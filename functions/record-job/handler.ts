@@ -1,0 +1,18 @@
+/** Records how an inference job ended; see README.md. */
+import { z } from 'zod';
+import { inferenceJobSchema, runContextSchema } from '../../core/contracts.ts';
+import { recordJob } from '../../core/jobs.ts';
+import { handle, lineage, stateTable } from '../runtime.ts';
+
+const time = z.union([z.string(), z.number()]);
+const inputSchema = z.object({
+  run: runContextSchema,
+  job: inferenceJobSchema,
+  attempt: z.number().int(),
+  done: z.object({ jobName: z.string(), startTime: time, endTime: time }).optional(),
+  failure: z.object({ error: z.string(), cause: z.string() }).optional(),
+});
+
+const dependencies = { state: stateTable(), lineage: lineage() };
+
+export const handler = handle(inputSchema, (input) => recordJob(input, dependencies));

@@ -1,0 +1,243 @@
+/**
+ * The two ways to run a container here: in Docker, or as a process of this machine with the container's folder as
+ * its code and, where mount namespaces are allowed, a real /opt/ml. Both end up as one command to supervise.
+ */
+import { execFile } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync } from 'node:fs';
+import { basename, delimiter, dirname, join } from 'node:path';
+import { promisify } from 'node:util';
+import { LOCAL_REGION } from '../types.ts';
+import { containerStart } from './dockerfile.ts';
+import type { ProcessingJobRequest } from './requests.ts';
+
+const execute = promisify(execFile);
+
+/** A command to run: nothing of this process's own environment is added to `env`. */
+export interface Command {
+  argv: [string, ...string[]];
+  cwd: string;
+  env: Record<string, string>;
+  /** Name of the Docker container that the command starts, which may outlive it: see {@link removeContainer}. */
+  container?: string;
+}
+
+/** One instance of a job, to be run. */
+export interface Instance {
+  request: ProcessingJobRequest;
+  host: string;
+  /** What the container sees as /opt/ml. */
+  folder: string;
+  /** The image's folder in the repository: Dockerfile and code. */
+  container: string;
+  credentials: { accessKeyId: string; secretAccessKey: string };
+  endpoint: string;
+}
+
+export interface Executor {
+  /** The command that runs the instance. Throws when it cannot be run. */
+  command(instance: Instance): Promise<Command>;
+}
+
+/** Variables of this machine without which programs do not run, or do not show text rightly. */
+const ESSENTIAL = ['PATH', 'HOME', 'LANG', 'LC_ALL', 'TMPDIR', 'SYSTEMROOT'];
+
+const isolated = (request: ProcessingJobRequest) => request.NetworkConfig?.EnableNetworkIsolation === true;
+
+/** What SageMaker puts into the container's environment; an isolated container gets no credentials. */
+function jobEnvironment({ request, credentials, endpoint }: Instance): Record<string, string> {
+  return {
+    ...request.Environment,
+    AWS_REGION: LOCAL_REGION,
+    AWS_DEFAULT_REGION: LOCAL_REGION,
+    AWS_EC2_METADATA_DISABLED: 'true',
+    ...(!isolated(request) && {
+      AWS_ENDPOINT_URL: endpoint,
+      AWS_ACCESS_KEY_ID: credentials.accessKeyId,
+      AWS_SECRET_ACCESS_KEY: credentials.secretAccessKey,
+    }),
+  };
+}
+
+const OPT_ML = join(import.meta.dirname, 'opt-ml.sh');
+
+export class ProcessExecutor implements Executor {
+  readonly #python: string;
+  readonly #scratch: string;
+  readonly #mountNamespace: boolean;
+  #unshare: Promise<string[] | null> | undefined;
+
+  /** `scratch` is an own folder for mount points; `mountNamespace` false keeps to the base-directory variable. */
+  constructor(options: { python: string; scratch: string; mountNamespace: boolean }) {
+    this.#python = options.python;
+    this.#scratch = options.scratch;
+    this.#mountNamespace = options.mountNamespace;
+  }
+
+  async command(instance: Instance): Promise<Command> {
+    const { request, folder, container } = instance;
+    const app = request.AppSpecification;
+    const image = containerStart(container);
+    const entrypoint = app.ContainerEntrypoint ?? image.entrypoint;
+    const defaults = app.ContainerEntrypoint ? [] : image.cmd;
+    const [head, ...rest] = [...entrypoint, ...(app.ContainerArguments ?? defaults)];
+    if (head === undefined) throw new Error(`${join(container, 'Dockerfile')} names no ENTRYPOINT`);
+    const program = /^python3?(\.\d+)?$/.test(basename(head)) ? this.#python : head;
+
+    const essential: Record<string, string> = {};
+    for (const name of ESSENTIAL) {
+      const value = process.env[name];
+      if (value !== undefined) essential[name] = value;
+    }
+    const env = {
+      ...essential,
+      // The interpreter's own folder first, so that programs of its environment are found as in the image.
+      PATH: [dirname(this.#python), essential.PATH ?? ''].join(delimiter),
+      PYTHONPATH: [container, join(container, 'src')].filter((path) => existsSync(path)).join(delimiter),
+      PYTHONUNBUFFERED: '1',
+      ...jobEnvironment(instance),
+    };
+
+    const unshare = await this.#probe();
+    if (unshare === null)
+      return { argv: [program, ...rest], cwd: container, env: { ...env, SLIDEWAY_ML_ROOT: folder } };
+    const [tool = '', ...flags] = unshare;
+    const network = isolated(request) ? ['--net'] : [];
+    return {
+      argv: [tool, ...flags, ...network, 'sh', OPT_ML, folder, this.#aside, program, ...rest],
+      cwd: container,
+      env,
+    };
+  }
+
+  get #aside(): string {
+    return join(this.#scratch, 'opt');
+  }
+
+  /** The command that opens a mount namespace in which /opt/ml can be had; null where none is allowed. */
+  #probe(): Promise<string[] | null> {
+    this.#unshare ??= this.#findNamespace();
+    return this.#unshare;
+  }
+
+  async #findNamespace(): Promise<string[] | null> {
+    if (!this.#mountNamespace || process.platform !== 'linux') return null;
+    const probe = join(this.#scratch, 'probe');
+    mkdirSync(join(probe, 'seen'), { recursive: true });
+    mkdirSync(this.#aside, { recursive: true });
+    for (const candidate of [
+      ['unshare', '--mount'],
+      ['unshare', '--user', '--map-root-user', '--mount'],
+    ]) {
+      const [tool = '', ...flags] = candidate;
+      const argv = [...flags, 'sh', OPT_ML, probe, this.#aside, 'test', '-d', '/opt/ml/seen'];
+      try {
+        await execute(tool, argv, { timeout: 10_000 });
+        return candidate;
+      } catch {
+        // Not allowed this way; the next one, or the base-directory variable.
+      }
+    }
+    return null;
+  }
+}
+
+/** Runs the job's image in Docker, sharing the machine's network so that the container reaches the engine. */
+export class DockerExecutor implements Executor {
+  readonly #images = new Map<string, Promise<string | null>>();
+  #runtimes: Promise<string> | undefined;
+
+  /** The name under which the engine has the image; null when no engine answers or it has no such image. */
+  image(imageUri: string): Promise<string | null> {
+    let found = this.#images.get(imageUri);
+    if (!found) {
+      found = this.#find(imageUri);
+      this.#images.set(imageUri, found);
+    }
+    return found;
+  }
+
+  async #find(imageUri: string): Promise<string | null> {
+    // As built for the registry, or as built on this machine: without the registry's host.
+    for (const name of [imageUri, imageUri.replace(/^[^/]*[.:][^/]*\//, '')]) {
+      try {
+        await execute('docker', ['image', 'inspect', '--format', '{{.Id}}', name], { timeout: 10_000 });
+        return name;
+      } catch {
+        // No engine, or not under this name.
+      }
+    }
+    return null;
+  }
+
+  async #gpus(): Promise<string[]> {
+    this.#runtimes ??= execute('docker', ['info', '--format', '{{json .Runtimes}}'], {
+      timeout: 10_000,
+    }).then(
+      ({ stdout }) => stdout,
+      () => '',
+    );
+    return (await this.#runtimes).includes('"nvidia"') ? ['--gpus', 'all'] : [];
+  }
+
+  async command(instance: Instance): Promise<Command> {
+    const { request, folder } = instance;
+    const app = request.AppSpecification;
+    const image = await this.image(app.ImageUri);
+    if (image === null) throw new Error(`no container engine answers, or it has no image ${app.ImageUri}`);
+    const [entrypoint, ...rest] = app.ContainerEntrypoint ?? [];
+    const container = containerName(instance);
+    const variables = jobEnvironment(instance);
+    const env: Record<string, string> = { ...variables };
+    for (const name of [...ESSENTIAL, 'DOCKER_HOST', 'DOCKER_CONTEXT', 'DOCKER_CONFIG']) {
+      const value = process.env[name];
+      if (value !== undefined && !(name in variables)) env[name] = value;
+    }
+    return {
+      argv: [
+        'docker',
+        'run',
+        '--rm',
+        '--name',
+        container,
+        '--network',
+        isolated(request) ? 'none' : 'host',
+        '--shm-size',
+        '2g',
+        ...(await this.#gpus()),
+        '--volume',
+        `${folder}:/opt/ml`,
+        // By name only: values, among them the secret key, stay out of the process list.
+        ...Object.keys(variables).flatMap((name) => ['--env', name]),
+        ...(entrypoint === undefined ? [] : ['--entrypoint', entrypoint]),
+        image,
+        ...rest,
+        ...(app.ContainerArguments ?? []),
+      ],
+      cwd: folder,
+      env,
+      container,
+    };
+  }
+}
+
+/** Removes a Docker container, running or not. */
+export async function removeContainer(name: string): Promise<void> {
+  try {
+    await execute('docker', ['rm', '--force', name], { timeout: 60_000 });
+  } catch (error) {
+    // Without the program or its engine there is no container to remove.
+    const { code, stderr = '' } = error as { code?: unknown; stderr?: string };
+    if (code !== 'ENOENT' && !/cannot connect|no such container/i.test(stderr)) throw error;
+  }
+}
+
+/** Docker's names are the machine's, job names the state folder's: the folder's hash keeps two engines apart. */
+export function containerName({
+  request,
+  host,
+  folder,
+}: Pick<Instance, 'request' | 'host' | 'folder'>): string {
+  const hash = createHash('sha256').update(folder).digest('hex').slice(0, 12);
+  return `${request.ProcessingJobName}-${host}-${hash}`;
+}

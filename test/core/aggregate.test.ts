@@ -1,0 +1,82 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+
+import { aggregateOutput, quantile, vote } from '../../core/aggregate.ts';
+
+const all = (values: number[]) => ({ readable: new Uint8Array(values.length).fill(1) });
+
+describe('the aggregates of an output', () => {
+  it('interpolates quantiles as numpy does', () => {
+    // numpy.quantile([1, 2, 4, 8], [0.1, 0.5, 0.9]) → [1.3, 3.0, 6.8]
+    const { median, p10, p90, max } = aggregateOutput(all([8, 1, 4, 2]), Float32Array.of(8, 1, 4, 2), 10);
+    expect(p10).toBeCloseTo(1.3, 12);
+    expect(median).toBe(3);
+    expect(p90).toBeCloseTo(6.8, 12);
+    expect(max).toBe(8);
+  });
+
+  it('leaves unreadable tiles out of every number', () => {
+    const values = Float32Array.of(1, Number.NaN, 3);
+    const result = aggregateOutput({ readable: Uint8Array.of(1, 0, 1) }, values, 10);
+    expect(result).toEqual({ mean: 2, median: 2, p10: 1.2, p90: 2.8, max: 3, top_k_mean: 2 });
+  });
+
+  it('takes the mean of the k highest tiles, or of all where there are fewer', () => {
+    const values = Float32Array.of(5, 1, 4, 2, 3);
+    expect(aggregateOutput(all([...values]), values, 2).top_k_mean).toBe(4.5);
+    expect(aggregateOutput(all([...values]), values, 99).top_k_mean).toBe(3);
+  });
+
+  it('is null throughout where no tile can be read', () => {
+    const nothing = { mean: null, median: null, p10: null, p90: null, max: null, top_k_mean: null };
+    expect(aggregateOutput(all([]), new Float32Array(0), 10)).toEqual(nothing);
+    expect(aggregateOutput({ readable: Uint8Array.of(0) }, Float32Array.of(Number.NaN), 10)).toEqual(nothing);
+  });
+
+  it('sums in float64: a million equal tiles have exactly their own mean', () => {
+    const values = new Float32Array(1_000_000).fill(0.5);
+    expect(aggregateOutput({ readable: new Uint8Array(1_000_000).fill(1) }, values, 10).mean).toBe(0.5);
+  });
+
+  it('keeps mean and quantiles between the lowest and the highest tile, quantiles in order', () => {
+    const tiles = fc.array(fc.float({ noNaN: true, noDefaultInfinity: true, min: -1e6, max: 1e6 }), {
+      minLength: 1,
+      maxLength: 200,
+    });
+    fc.assert(
+      fc.property(tiles, (numbers) => {
+        const { p10, median, p90, max } = aggregateOutput(all(numbers), Float32Array.from(numbers), 3);
+        const sorted = Float64Array.from(Float32Array.from(numbers)).sort();
+        expect([sorted[0], p10, median, p90, max]).toEqual(
+          [sorted[0], p10, median, p90, max].sort((a, b) => Number(a) - Number(b)),
+        );
+        expect(quantile(sorted, 0)).toBe(sorted[0]);
+      }),
+    );
+  });
+});
+
+describe('the vote of a classification', () => {
+  const outputs = new Map([
+    ['stroma', Float32Array.of(0.6, 0.1, 0.5, Number.NaN)],
+    ['fat', Float32Array.of(0.4, 0.9, 0.5, Number.NaN)],
+  ]);
+
+  it('counts each readable tile for its highest class, ties for the class named first', () => {
+    const result = vote({ rows: 4, readable: Uint8Array.of(1, 1, 1, 0), outputs }, { stroma: 0.4, fat: 0.6 });
+    expect(result.votes).toEqual({ stroma: 2, fat: 1 });
+    expect(result.voteShare.stroma).toBeCloseTo(2 / 3);
+    expect(result.predictedByVote).toBe('stroma');
+    expect(result.predictedByMean).toBe('fat');
+  });
+
+  it('predicts nothing where no tile can be read', () => {
+    const result = vote({ rows: 4, readable: new Uint8Array(4), outputs }, { stroma: null, fat: null });
+    expect(result).toEqual({
+      predictedByMean: null,
+      predictedByVote: null,
+      votes: { stroma: 0, fat: 0 },
+      voteShare: { stroma: null, fat: null },
+    });
+  });
+});

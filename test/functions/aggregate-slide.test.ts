@@ -1,0 +1,247 @@
+import { QueryCommand } from '@aws-sdk/lib-dynamodb';
+import { decode } from 'fast-png';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+
+import type { Completion, SlideResult } from '../../core/contracts.ts';
+import { resultPrefix } from '../../core/keys.ts';
+import { type AggregateDependencies, aggregateSlide } from '../../core/slide-result.ts';
+import { readBytes, readJson, sha256, writeJson, writeObject } from '../../core/store.ts';
+import {
+  CLASSIFIER,
+  type ExampleTile,
+  inferenceSlide,
+  MODEL,
+  planned,
+  RUN,
+  tileGrid,
+  writeAnswer,
+  writePlan,
+} from '../support/results.ts';
+import { CREDENTIALS, type Services, startServices } from '../support/services.ts';
+
+let services: Services;
+let deps: AggregateDependencies;
+
+beforeAll(async () => {
+  services = await startServices();
+  deps = { ...services, codeVersion: '0.1.0', countedRequests: () => ({ s3Get: 3, s3Put: 2 }) };
+  await writePlan(services, [], [MODEL, CLASSIFIER]);
+});
+afterAll(() => services.close());
+
+const TILES: ExampleTile[] = tileGrid(4, 2, 256, (x, y) => [x / 2 + y / 4]);
+
+const aggregate = (slideId: string, models?: string[]) =>
+  aggregateSlide({ run: RUN, slide: inferenceSlide(slideId, models) }, deps);
+const item = (slideId: string) => services.state.slide(RUN.runId, slideId);
+const file = (slideId: string, name: string, model = MODEL.name) => ({
+  bucket: services.silver,
+  key: `${resultPrefix(RUN.runId, slideId, model)}${name}`,
+});
+const result = async (slideId: string, model?: string) =>
+  (await readJson(services.s3, file(slideId, 'result.json', model))) as SlideResult;
+
+async function actions(slideId: string): Promise<string[]> {
+  const { Items = [] } = await services.documents.send(
+    new QueryCommand({
+      TableName: 'lineage',
+      KeyConditionExpression: 'pk = :pk',
+      ExpressionAttributeValues: { ':pk': `SLIDE#${slideId}` },
+    }),
+  );
+  return Items.map(({ action }) => action as string);
+}
+
+async function spoilMarker(slideId: string, change: Partial<Completion>): Promise<void> {
+  await writeAnswer(services, slideId, MODEL, TILES, change);
+}
+
+describe('a slide whose model answered', () => {
+  it('gets its numbers, its picture and its state', async () => {
+    await services.state.transition(RUN.runId, 'good', 'INFERRING', {
+      slide: 'scans/good.svs',
+      bronze: { bucket: 'bronze', key: 'slides/c/good/good.svs', files: [], size: 1, checksum: 'c' },
+      requests: { s3Put: 1 },
+    });
+    await writeAnswer(services, 'good', MODEL, TILES);
+    expect(await aggregate('good')).toEqual({ slideId: 'good', state: 'AGGREGATED' });
+
+    const answer = await result('good');
+    expect(answer.tiles).toEqual({ grid: 8, kept: 8, ok: 8, unreadable: 0 });
+    expect(answer.outputs.haematoxylin_area?.mean).toBeCloseTo(0.25, 6);
+    expect(answer.outputs.haematoxylin_area?.max).toBe(0.5);
+    expect(answer.note).toBeNull();
+    expect(answer.lineage.input.object).toEqual({ bucket: 'bronze', key: 'slides/c/good/good.svs' });
+
+    const png = (await readBytes(services.s3, file('good', 'heatmap.png'))) ?? new Uint8Array();
+    expect(`sha256:${answer.lineage.outputs['heatmap.png']?.sha256}`).toBe(sha256(png));
+    expect(decode(png).width).toBe(answer.heatmap?.picture.width);
+
+    const slide = await item('good');
+    expect(slide?.state).toBe('AGGREGATED');
+    expect(slide?.requests).toEqual({ s3Get: 13, s3Put: 7 });
+    expect(slide?.results?.[0]?.outputs).toEqual({
+      mean_haematoxylin_area: answer.outputs.haematoxylin_area?.mean,
+      p90_haematoxylin_area: answer.outputs.haematoxylin_area?.p90,
+      top_k_mean_haematoxylin_area: answer.outputs.haematoxylin_area?.top_k_mean,
+    });
+    expect(await actions('good')).toEqual(['SLIDE_INFERRED', 'SLIDE_AGGREGATED']);
+  });
+
+  it('is the same, byte for byte, when it is done again', async () => {
+    const names = ['result.json', 'heatmap.png'];
+    const read = () => Promise.all(names.map((name) => readBytes(services.s3, file('good', name))));
+    const [before, state] = [await read(), await item('good')];
+    expect(await aggregate('good')).toEqual({ slideId: 'good', state: 'AGGREGATED' });
+    expect(await read()).toEqual(before);
+    expect(await item('good')).toEqual(state);
+    expect(await actions('good')).toHaveLength(2);
+  });
+
+  it('says what it could not look at', async () => {
+    await writeAnswer(services, 'torn', MODEL, [...TILES, { minx: 0, miny: 512, side: 256 }]);
+    await aggregate('torn');
+    const answer = await result('torn');
+    expect(answer.tiles).toEqual({ grid: 9, kept: 9, ok: 8, unreadable: 1 });
+    expect(answer.outputs.haematoxylin_area?.mean).toBeCloseTo(0.25, 6);
+    expect(answer.note).toMatch(/1 of 9 tiles/);
+  });
+
+  it('has nulls and no heatmap where there was no tissue', async () => {
+    await writeAnswer(services, 'empty', MODEL, []);
+    expect((await aggregate('empty')).state).toBe('AGGREGATED');
+    const answer = await result('empty');
+    expect(answer.outputs.haematoxylin_area?.mean).toBeNull();
+    expect(answer.heatmap).toBeNull();
+    expect(answer.note).toMatch(/No tissue/);
+    expect(await readBytes(services.s3, file('empty', 'heatmap.png'))).toBeUndefined();
+  });
+
+  it('has its classes counted by mean and by vote', async () => {
+    const tiles = tileGrid(3, 1, 256, (x) => [x < 0.5 ? 0.6 : 0, x < 0.5 ? 0.4 : 1, 0]);
+    await writeAnswer(services, 'classes', CLASSIFIER, tiles);
+    await aggregate('classes', [CLASSIFIER.name]);
+    const { classes } = await result('classes', CLASSIFIER.name);
+    expect(classes?.predictedByMean).toBe('epithelium');
+    expect(classes?.predictedByVote).toBe('stroma');
+    expect(classes?.votes).toEqual({ stroma: 2, epithelium: 1, fat: 0 });
+    expect((await item('classes'))?.results?.[0]?.outputs.predicted_vote).toBe('stroma');
+  });
+});
+
+describe('a slide whose model did not answer', () => {
+  it('takes state and reason from the marker', async () => {
+    await spoilMarker('blurred', { state: 'QUARANTINED', error: 'MppUnknown', message: 'no µm per pixel' });
+    expect((await aggregate('blurred')).state).toBe('QUARANTINED');
+    expect((await item('blurred'))?.reason).toEqual({ error: 'MppUnknown', message: 'no µm per pixel' });
+    expect(await actions('blurred')).toEqual(['SLIDE_QUARANTINED']);
+  });
+
+  it('is ResultMissing where no job failed, and JobFailed with its reason where one did', async () => {
+    await aggregate('nothing');
+    expect((await item('nothing'))?.reason?.error).toBe('ResultMissing');
+    await services.state.putJob(RUN.runId, {
+      jobName: 'job-1',
+      model: MODEL.name,
+      version: MODEL.version,
+      state: 'FAILED',
+      reason: { error: 'JobFailed', message: 'AlgorithmError: out of memory' },
+      instanceType: 'ml.g5.xlarge',
+      instanceCount: 1,
+      instanceSeconds: 60,
+    });
+    await aggregate('nothing-2');
+    expect((await item('nothing-2'))?.reason).toEqual({
+      error: 'JobFailed',
+      message: 'the job job-1 failed: AlgorithmError: out of memory',
+    });
+  });
+
+  it('keeps the good result where only one of its models failed', async () => {
+    await writeAnswer(services, 'half', MODEL, TILES);
+    await writeAnswer(services, 'half', CLASSIFIER, [], {
+      state: 'FAILED',
+      error: 'ModelError',
+      message: 'bad shape',
+    });
+    expect((await aggregate('half', [MODEL.name, CLASSIFIER.name])).state).toBe('FAILED');
+    const slide = await item('half');
+    expect(slide?.reason).toEqual({ error: 'ModelError', message: 'three-tissues: bad shape' });
+    expect(slide?.results?.map(({ model }) => model)).toEqual([MODEL.name]);
+  });
+
+  it('does not move from a state in which it has ended', async () => {
+    await services.state.transition(RUN.runId, 'ended', 'FAILED', { slide: 's' });
+    await writeAnswer(services, 'ended', MODEL, TILES);
+    expect((await aggregate('ended')).state).toBe('FAILED');
+  });
+});
+
+describe('an answer that contradicts itself is ResultCorrupt:', () => {
+  const corrupt = async (slideId: string) => {
+    expect((await aggregate(slideId)).state).toBe('FAILED');
+    const slide = await item(slideId);
+    expect(slide?.reason?.error).toBe('ResultCorrupt');
+    expect(slide?.results).toEqual([]);
+    return slide?.reason?.message;
+  };
+
+  it('tiles that are not those of the marker', async () => {
+    await writeAnswer(services, 'swapped', MODEL, TILES);
+    await writeObject(services.s3, file('swapped', 'tiles.parquet'), 'other bytes', 'text/plain');
+    expect(await corrupt('swapped')).toMatch(/SHA-256/);
+  });
+
+  it.each<[string, Partial<Completion>, RegExp]>([
+    ['another-slide', { checksum: 'crc64nvme:else' }, /checksum of the slide/],
+    ['another-model', { model: { ...MODEL, digest: 'sha256:00' } }, /digest of the model/],
+    ['miscounted', { tiles: { grid: 8, kept: 7, ok: 7, unreadable: 0 } }, /number of tiles/],
+    ['another-run', { runId: 'other' }, /run is other/],
+  ])('%s', async (slideId, change, message) => {
+    await spoilMarker(slideId, change);
+    expect(await corrupt(slideId)).toMatch(message);
+  });
+
+  it('a marker that is not one', async () => {
+    await writeJson(services.s3, file('scribble', 'complete.json'), { state: 'INFERRED' });
+    expect(await corrupt('scribble')).toMatch(/complete.json, runId/);
+  });
+
+  it('a marker without its tiles', async () => {
+    const { digest } = planned(MODEL);
+    await writeAnswer(services, 'lent', MODEL, TILES);
+    const marker = (await readJson(services.s3, file('lent', 'complete.json'))) as Completion;
+    expect(marker.model.digest).toBe(digest);
+    await writeJson(services.s3, file('borrowed', 'complete.json'), {
+      ...marker,
+      slideId: 'borrowed',
+      checksum: 'crc64nvme:borrowed',
+    });
+    expect(await corrupt('borrowed')).toMatch(/tiles.parquet is not/);
+  });
+});
+
+describe('the handler', () => {
+  it('does the same from its environment, and refuses what is not its input', async () => {
+    Object.assign(process.env, {
+      AWS_ENDPOINT_URL: services.endpoint,
+      AWS_REGION: 'us-east-1',
+      AWS_ACCESS_KEY_ID: CREDENTIALS.accessKeyId,
+      AWS_SECRET_ACCESS_KEY: CREDENTIALS.secretAccessKey,
+      SILVER_BUCKET: services.silver,
+      STATE_TABLE: 'state',
+      LINEAGE_TABLE: 'lineage',
+      CODE_VERSION: '0.1.0',
+      POWERTOOLS_SERVICE_NAME: 'aggregate-slide',
+      POWERTOOLS_METRICS_NAMESPACE: 'Slideway',
+      POWERTOOLS_LOG_LEVEL: 'SILENT',
+    });
+    const { handler } = await import('../../functions/aggregate-slide/handler.ts');
+    const context = { functionName: 'aggregate-slide', awsRequestId: '1' } as never;
+    await writeAnswer(services, 'handled', MODEL, TILES);
+    const answer = await handler({ run: RUN, slide: inferenceSlide('handled') }, context);
+    expect(answer).toEqual({ slideId: 'handled', state: 'AGGREGATED' });
+    expect((await item('handled'))?.requests?.s3Put).toBeGreaterThanOrEqual(2 + 4);
+    await expect(handler({ run: RUN }, context)).rejects.toThrow(/slide/);
+  });
+});

@@ -1,0 +1,335 @@
+/**
+ * The rules that the deployment is held to where no linter looks: least privilege, what every bucket, log group and
+ * function must have, and what every task of the state machine must have. Each rule takes a document and gives back
+ * findings, one line each; none is good.
+ */
+
+export interface Statement {
+  Sid?: string;
+  Effect: string;
+  Action: string | string[];
+  Resource?: unknown;
+  Principal?: unknown;
+  Condition?: Record<string, Record<string, unknown>>;
+}
+
+interface PolicyDocument {
+  Statement: Statement[];
+}
+
+export interface Template {
+  Resources: Record<string, { Type: string; Properties: Record<string, unknown> }>;
+}
+
+export interface State {
+  Type: string;
+  Resource?: string;
+  Parameters?: Record<string, unknown>;
+  TimeoutSeconds?: number;
+  Retry?: { ErrorEquals: string[] }[];
+  Catch?: { ErrorEquals: string[] }[];
+  ItemProcessor?: Definition & { ProcessorConfig?: { Mode?: string; ExecutionType?: string } };
+  Branches?: Definition[];
+}
+
+export interface Definition {
+  StartAt: string;
+  States: Record<string, State>;
+}
+
+/** Actions for which AWS takes no narrower resource than `*`, each with the reason. */
+export const ONLY_STAR: Record<string, string> = {
+  'ecr:GetAuthorizationToken': 'the token is for the registry, which is no resource',
+  'cloudwatch:PutMetricData': 'metrics are no resources; a condition narrows the namespace',
+};
+
+const EXPRESS_SECONDS = 300;
+
+/** What `.sync` needs beside the call itself; by operation. */
+const SYNC_ACTIONS: Record<string, string[]> = {
+  createProcessingJob: [
+    'sagemaker:CreateProcessingJob',
+    'sagemaker:DescribeProcessingJob',
+    'sagemaker:StopProcessingJob',
+    'sagemaker:AddTags',
+    'sagemaker:ListTags',
+    'iam:PassRole',
+    'events:PutTargets',
+    'events:PutRule',
+    'events:DescribeRule',
+  ],
+};
+
+const list = <T>(value: T | T[] | undefined): T[] =>
+  value === undefined ? [] : Array.isArray(value) ? value : [value];
+
+/** The text of a value with CloudFormation's functions in it; what refers to something stands as `${…}`. */
+export function flat(value: unknown): string {
+  if (typeof value === 'string') return value;
+  if (typeof value !== 'object' || value === null) return String(value);
+  const [name, argument] = Object.entries(value)[0] ?? [];
+  if (name === 'Ref') return `\${${argument}}`;
+  if (name === 'Fn::GetAtt') return `\${${Array.isArray(argument) ? argument.join('.') : argument}}`;
+  if (name === 'Fn::Sub') return flat(Array.isArray(argument) ? argument[0] : argument);
+  if (name === 'Fn::Join') {
+    const [separator, parts] = argument as [string, unknown[]];
+    return parts.map(flat).join(separator);
+  }
+  return JSON.stringify(value);
+}
+
+function* ofType(template: Template, type: string): Generator<[string, Record<string, unknown>]> {
+  for (const [id, resource] of Object.entries(template.Resources))
+    if (resource.Type === type) yield [id, resource.Properties];
+}
+
+/** Every statement that grants a role something: [role or policy, statement]. */
+function* grants(template: Template): Generator<[string, Statement]> {
+  for (const [id, role] of ofType(template, 'AWS::IAM::Role'))
+    for (const { PolicyDocument: document } of list(role.Policies as { PolicyDocument: PolicyDocument }[]))
+      for (const statement of list(document.Statement)) yield [id, statement];
+  for (const type of ['AWS::IAM::Policy', 'AWS::IAM::ManagedPolicy', 'AWS::IAM::RolePolicy'])
+    for (const [id, policy] of ofType(template, type))
+      for (const statement of list((policy.PolicyDocument as PolicyDocument).Statement))
+        yield [id, statement];
+}
+
+/** Why an ARN with `*` in it is not specific; undefined when it is: the star stands behind a name of our own. */
+function tooWide(resource: string): string | undefined {
+  if (resource === '*') return 'is everything';
+  if (!resource.startsWith('arn:')) return undefined;
+  // References hold colons of their own (`${AWS::Region}`).
+  const [, , service, region, account, ...rest] = resource.replaceAll(/\$\{[^}]*\}/g, 'reference').split(':');
+  const name = rest.join(':').replace(/^[a-z-]+[/:](?=.)/, '');
+  if (service?.includes('*')) return 'names no service';
+  if (region?.includes('*') || account?.includes('*')) return 'names no region or account';
+  return name.startsWith('*') ? 'names nothing of its kind' : undefined;
+}
+
+/** Each role may do certain things to certain things, and is one holder's. */
+export function leastPrivilege(template: Template): string[] {
+  const findings: string[] = [];
+  for (const [id, statement] of grants(template)) {
+    const where = `${id}.${statement.Sid ?? '(no Sid)'}`;
+    const actions = list(statement.Action);
+    if ('NotAction' in statement || 'NotResource' in statement)
+      findings.push(`${where}: allows all but some`);
+    for (const action of actions)
+      if (action.includes('*')) findings.push(`${where}: the action ${action} is a pattern`);
+    for (const resource of list(statement.Resource as unknown).map(flat)) {
+      const wide = tooWide(resource);
+      const excused = resource === '*' && actions.every((action) => action in ONLY_STAR);
+      if (wide !== undefined && !excused) findings.push(`${where}: the resource ${resource} ${wide}`);
+    }
+    if (actions.includes('iam:PassRole') && !statement.Condition?.StringEquals?.['iam:PassedToService'])
+      findings.push(`${where}: iam:PassRole without iam:PassedToService`);
+    if (actions.includes('cloudwatch:PutMetricData') && !statement.Condition?.StringEquals)
+      findings.push(`${where}: cloudwatch:PutMetricData without a namespace`);
+  }
+  for (const [id, role] of ofType(template, 'AWS::IAM::Role')) {
+    if (list(role.ManagedPolicyArns as unknown).length > 0)
+      findings.push(`${id}: has managed policies, whose rights stand elsewhere`);
+    for (const { Principal: principal } of (role.AssumeRolePolicyDocument as PolicyDocument).Statement)
+      if (typeof principal !== 'object' || principal === null || Object.keys(principal).join() !== 'Service')
+        findings.push(`${id}: may be assumed by others than a service`);
+  }
+  return [...findings, ...sharedRoles(template)];
+}
+
+/** Roles that more than one function acts under, or functions without one of their own. */
+function sharedRoles(template: Template): string[] {
+  const holders = new Map<string, string[]>();
+  for (const type of ['AWS::Lambda::Function', 'AWS::StepFunctions::StateMachine'])
+    for (const [id, { Role, RoleArn }] of ofType(template, type)) {
+      const role = flat(Role ?? RoleArn);
+      holders.set(role, [...(holders.get(role) ?? []), id]);
+    }
+  return [...holders].flatMap(([role, ids]) => {
+    const roleId = /^\$\{(\w+)\.Arn\}$/.exec(role)?.[1];
+    if (roleId === undefined || template.Resources[roleId]?.Type !== 'AWS::IAM::Role')
+      return [`${ids.join(', ')}: the role ${role} is not of this template`];
+    return ids.length > 1 ? [`${role}: is the role of ${ids.join(' and ')}`] : [];
+  });
+}
+
+/** Buckets are encrypted, versioned, closed to the public and reachable over TLS only. */
+export function buckets(template: Template): string[] {
+  const findings: string[] = [];
+  const policies = [...ofType(template, 'AWS::S3::BucketPolicy')];
+  for (const [id, bucket] of ofType(template, 'AWS::S3::Bucket')) {
+    if (!JSON.stringify(bucket.BucketEncryption ?? '').includes('"SSEAlgorithm":'))
+      findings.push(`${id}: is not encrypted`);
+    if ((bucket.VersioningConfiguration as { Status?: string } | undefined)?.Status !== 'Enabled')
+      findings.push(`${id}: keeps no versions`);
+    const access = (bucket.PublicAccessBlockConfiguration ?? {}) as Record<string, unknown>;
+    for (const name of ['BlockPublicAcls', 'BlockPublicPolicy', 'IgnorePublicAcls', 'RestrictPublicBuckets'])
+      if (access[name] !== true) findings.push(`${id}: ${name} is not set`);
+    const tlsOnly = policies
+      .filter(([, policy]) => flat(policy.Bucket) === `\${${id}}`)
+      .flatMap(([, policy]) => (policy.PolicyDocument as PolicyDocument).Statement)
+      .some((statement) => {
+        const resources = list(statement.Resource as unknown).map(flat);
+        return (
+          statement.Effect === 'Deny' &&
+          statement.Principal === '*' &&
+          list(statement.Action).join() === 's3:*' &&
+          String(statement.Condition?.Bool?.['aws:SecureTransport']) === 'false' &&
+          resources.some((resource) => resource.endsWith('}')) &&
+          resources.some((resource) => resource.endsWith('}/*')) &&
+          resources.every((resource) => resource.includes(`\${${id}`))
+        );
+      });
+    if (!tlsOnly) findings.push(`${id}: may be reached without TLS`);
+  }
+  return findings;
+}
+
+/** Tables, topics and repositories are encrypted; tables can be put back to any moment; image tags do not move. */
+export function stores(template: Template): string[] {
+  const findings: string[] = [];
+  for (const [id, table] of ofType(template, 'AWS::DynamoDB::Table')) {
+    if (!(table.SSESpecification as { SSEEnabled?: boolean } | undefined)?.SSEEnabled)
+      findings.push(`${id}: is not encrypted`);
+    const recovery = table.PointInTimeRecoverySpecification as
+      | { PointInTimeRecoveryEnabled?: boolean }
+      | undefined;
+    if (!recovery?.PointInTimeRecoveryEnabled) findings.push(`${id}: has no point-in-time recovery`);
+  }
+  for (const [id, topic] of ofType(template, 'AWS::SNS::Topic'))
+    if (!topic.KmsMasterKeyId) findings.push(`${id}: is not encrypted`);
+  for (const [id, repository] of ofType(template, 'AWS::ECR::Repository')) {
+    if (!repository.EncryptionConfiguration) findings.push(`${id}: is not encrypted`);
+    if (repository.ImageTagMutability !== 'IMMUTABLE') findings.push(`${id}: its tags may move`);
+  }
+  return findings;
+}
+
+/** Log groups are kept for a time that is said, and every function has one. */
+export function logGroups(template: Template): string[] {
+  const groups = new Map(
+    [...ofType(template, 'AWS::Logs::LogGroup')].map(([id, group]) => [
+      flat(group.LogGroupName),
+      [id, group] as const,
+    ]),
+  );
+  const findings = [...groups.values()].flatMap(([id, group]) =>
+    typeof group.RetentionInDays === 'number' ? [] : [`${id}: keeps its lines for ever`],
+  );
+  for (const [id, properties] of ofType(template, 'AWS::Lambda::Function'))
+    if (!groups.has(`/aws/lambda/${flat(properties.FunctionName)}`))
+      findings.push(`${id}: has no log group of its own`);
+  return findings;
+}
+
+/** Functions run where they were tested: on Node 24, on Arm. */
+export function functions(template: Template): string[] {
+  return [...ofType(template, 'AWS::Lambda::Function')].flatMap(([id, properties]) => [
+    ...(properties.Runtime === 'nodejs24.x' ? [] : [`${id}: runs on ${properties.Runtime}`]),
+    ...(flat(list(properties.Architectures).join()) === 'arm64' ? [] : [`${id}: does not run on arm64`]),
+  ]);
+}
+
+/** A state of a definition at any depth, with the states around it, outermost first. */
+export interface Placed {
+  name: string;
+  state: State;
+  around: State[];
+}
+
+export function* states({ States }: Definition, around: State[] = []): Generator<Placed> {
+  for (const [name, state] of Object.entries(States)) {
+    yield { name, state, around };
+    for (const inner of [state.ItemProcessor, ...(state.Branches ?? [])])
+      if (inner) yield* states(inner, [...around, state]);
+  }
+}
+
+const catchesAll = (state: State) => state.Catch?.at(-1)?.ErrorEquals.includes('States.ALL') === true;
+
+/** Every task has a limit, retries what may pass, and what is left of its failures is caught by it or around it. */
+export function tasks(definition: Definition): string[] {
+  const findings: string[] = [];
+  for (const { name, state, around } of states(definition)) {
+    const express = around.some(
+      ({ ItemProcessor }) => ItemProcessor?.ProcessorConfig?.ExecutionType === 'EXPRESS',
+    );
+    if (state.Type === 'Map' && !catchesAll(state) && !around.some(catchesAll))
+      findings.push(`${name}: nothing catches its failures`);
+    if (state.Type !== 'Task') continue;
+    if (!state.TimeoutSeconds) findings.push(`${name}: has no TimeoutSeconds`);
+    else if (express && state.TimeoutSeconds > EXPRESS_SECONDS)
+      findings.push(`${name}: may take longer than an Express execution`);
+    if (!state.Retry?.length) findings.push(`${name}: has no Retry`);
+    for (const { ErrorEquals } of state.Retry ?? [])
+      if (ErrorEquals.includes('States.ALL') || ErrorEquals.includes('States.TaskFailed'))
+        findings.push(`${name}: retries whatever it was`);
+    if (!catchesAll(state) && !around.some(catchesAll))
+      findings.push(`${name}: nothing catches its failures`);
+  }
+  return findings;
+}
+
+/** SageMaker's resources in a state machine, `arn:aws:states:::sagemaker:<operation>[.sync]`. */
+export function* sagemakerTasks(
+  definition: Definition,
+): Generator<Placed & { operation: string; sync: boolean }> {
+  for (const placed of states(definition)) {
+    const [, operation, sync] =
+      /^arn:aws[a-z-]*:states:::sagemaker:(\w+)(\.sync)?/.exec(placed.state.Resource ?? '') ?? [];
+    if (operation !== undefined) yield { ...placed, operation, sync: sync !== undefined };
+  }
+}
+
+/** Jobs end by themselves, wait when the quota is used up, encrypt what their instances say to each other. */
+export function jobs(definition: Definition): string[] {
+  const findings: string[] = [];
+  for (const { name, state } of sagemakerTasks(definition)) {
+    const { StoppingCondition, NetworkConfig } = (state.Parameters ?? {}) as Record<
+      string,
+      Record<string, unknown> | undefined
+    >;
+    if (!Object.keys(StoppingCondition ?? {}).some((key) => key.startsWith('MaxRuntimeInSeconds')))
+      findings.push(`${name}: its job may run for ever`);
+    if (NetworkConfig?.EnableInterContainerTrafficEncryption !== true)
+      findings.push(`${name}: its instances talk in the clear`);
+    if (typeof NetworkConfig?.EnableNetworkIsolation !== 'boolean')
+      findings.push(`${name}: does not say whether its container is cut off from the network`);
+    if (
+      !state.Retry?.some(({ ErrorEquals }) =>
+        ErrorEquals.includes('SageMaker.ResourceLimitExceededException'),
+      )
+    )
+      findings.push(`${name}: does not wait for the quota`);
+  }
+  return findings;
+}
+
+/** The state machine's role may do what the definition asks: call its functions, run its jobs. */
+export function machineRights(template: Template, definition: Definition): string[] {
+  const [, machine] = [...ofType(template, 'AWS::StepFunctions::StateMachine')][0] ?? [];
+  const role = /^\$\{(\w+)\.Arn\}$/.exec(flat(machine?.RoleArn))?.[1];
+  const allowed = new Map<string, string[]>();
+  for (const [id, statement] of grants(template))
+    if (id === role && statement.Effect === 'Allow')
+      for (const action of list(statement.Action))
+        allowed.set(action, [
+          ...(allowed.get(action) ?? []),
+          ...list(statement.Resource as unknown).map(flat),
+        ]);
+  const invocable = new Set(
+    (allowed.get('lambda:InvokeFunction') ?? []).map((resource) => {
+      const id = /^\$\{(\w+)\.Arn\}$/.exec(resource)?.[1] ?? '';
+      return flat(template.Resources[id]?.Properties.FunctionName);
+    }),
+  );
+  const findings: string[] = [];
+  for (const { name, state } of states(definition)) {
+    const called = /^arn:aws:lambda:[^:]+:[^:]+:function:([^:]+)/.exec(state.Resource ?? '')?.[1];
+    if (called !== undefined && !invocable.has(called))
+      findings.push(`${name}: ${called} may not be invoked`);
+  }
+  for (const { name, operation, sync } of sagemakerTasks(definition))
+    for (const action of sync ? (SYNC_ACTIONS[operation] ?? [`the actions of ${operation}`]) : [])
+      if (!allowed.has(action)) findings.push(`${name}: lacks ${action}`);
+  return findings;
+}

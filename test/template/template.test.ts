@@ -1,0 +1,458 @@
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { StateMachine } from 'aws-local-stepfunctions';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { InferenceJob } from '../../core/contracts.ts';
+import { Logs } from '../../local/logs.ts';
+import { SageMaker } from '../../local/sagemaker/service.ts';
+import {
+  aslErrors,
+  cfnLint,
+  definition,
+  hasBotocore,
+  hasCfnLint,
+  serviceModelFindings,
+  template,
+} from './packaged.ts';
+import {
+  buckets,
+  type Definition,
+  functions,
+  jobs,
+  leastPrivilege,
+  logGroups,
+  machineRights,
+  type Placed,
+  type State,
+  type Statement,
+  sagemakerTasks,
+  states,
+  stores,
+  type Template,
+  tasks,
+} from './rules.ts';
+
+let packaged: Template;
+let flow: Definition;
+beforeAll(() => {
+  packaged = template();
+  flow = definition();
+});
+
+interface Policy {
+  Statement: Statement[];
+}
+
+/** A copy of the template, with one thing of one resource broken. */
+function broken<P = Record<string, unknown>>(id: string, change: (properties: P) => void): Template {
+  const copy = structuredClone(packaged);
+  const resource = copy.Resources[id];
+  if (!resource) throw new Error(`The template has no ${id}; break something else.`);
+  change(resource.Properties as P);
+  return copy;
+}
+
+/** A copy of the template, with one statement of one role changed. */
+const withStatement = (id: string, sid: string, change: (statement: Statement) => void) =>
+  broken<{ Policies: { PolicyDocument: Policy }[] }>(id, ({ Policies }) => {
+    const statement = Policies.flatMap(({ PolicyDocument }) => PolicyDocument.Statement).find(
+      ({ Sid }) => Sid === sid,
+    );
+    if (!statement) throw new Error(`${id} has no statement ${sid}; break another.`);
+    change(statement);
+  });
+
+/** A copy of the definition, with one state changed. */
+function brokenState(name: string, change: (state: State) => void): Definition {
+  const copy = structuredClone(flow);
+  const placed = [...states(copy)].find((candidate) => candidate.name === name);
+  if (!placed) throw new Error(`The definition has no state ${name}; break another.`);
+  change(placed.state);
+  return copy;
+}
+
+const firstId = (type: string) => {
+  const [id] = Object.entries(packaged.Resources).find(([, { Type }]) => Type === type) ?? [];
+  if (id === undefined) throw new Error(`The template has no ${type}.`);
+  return id;
+};
+
+describe.skipIf(!hasCfnLint)('cfn-lint', () => {
+  it('has nothing to say on the template', () => {
+    expect(cfnLint(packaged)).toEqual([]);
+  });
+
+  it('would find a property that there is not, and a reference to nothing', () => {
+    const copy = broken('SilverBucket', (properties) => {
+      Object.assign(properties, { BucketNam: 'x', Tags: [{ Key: 'a', Value: { Ref: 'Nothing' } }] });
+    });
+    const findings = cfnLint(copy).join('\n');
+    expect(findings).toMatch(/E3002.*BucketNam/);
+    expect(findings).toMatch(/E1020.*Nothing/);
+  });
+});
+
+describe('asl-validator', () => {
+  it('has nothing to say on the state machine', () => {
+    expect(aslErrors(flow)).toBe('');
+  });
+
+  it('would find a state that leads nowhere, and one that nothing leads to', () => {
+    expect(aslErrors(brokenState('Plan run', (state) => Object.assign(state, { Next: 'Nowhere' })))).toMatch(
+      /MISSING_TRANSITION_TARGET.*Nowhere/,
+    );
+    expect(aslErrors({ ...flow, StartAt: 'Nothing' })).not.toBe('');
+  });
+});
+
+describe('least privilege', () => {
+  it('names for every role certain actions on certain things, and gives each function its own', () => {
+    expect(leastPrivilege(packaged)).toEqual([]);
+  });
+
+  it.each<[string, string, Partial<Statement>, RegExp]>([
+    ['all actions', 'ReadSlides', { Action: '*' }, /action \* is a pattern/],
+    [
+      'all actions of a service',
+      'ReadSlides',
+      { Action: ['s3:GetObject', 's3:*'] },
+      /action s3:\* is a pattern/,
+    ],
+    ['everything', 'ReadSlides', { Resource: '*' }, /resource \* is everything/],
+    ['every bucket', 'ReadSlides', { Resource: 'arn:aws:s3:::*' }, /names nothing of its kind/],
+    [
+      'every table',
+      'ReadSlides',
+      // biome-ignore lint/suspicious/noTemplateCurlyInString: CloudFormation's own syntax
+      { Resource: { 'Fn::Sub': 'arn:${AWS::Partition}:dynamodb:${AWS::Region}:${AWS::AccountId}:table/*' } },
+      /names nothing of its kind/,
+    ],
+    [
+      'every account',
+      'ReadSlides',
+      { Resource: 'arn:aws:dynamodb:us-east-1:*:table/slideway' },
+      /no region or account/,
+    ],
+    [
+      'more than the token of the registry',
+      'LogInToRegistry',
+      { Action: 'ecr:BatchGetImage' },
+      /is everything/,
+    ],
+    ['all but some', 'ReadSlides', { NotAction: 's3:DeleteObject' } as never, /all but some/],
+  ])('would find a right to %s', (_, sid, change, finding) => {
+    const copy = withStatement('JobRole', sid, (statement) => Object.assign(statement, change));
+    expect(leastPrivilege(copy)).toEqual([expect.stringMatching(finding)]);
+  });
+
+  it('would find a role passed to any service, a managed policy, a foreign account, a shared role', () => {
+    expect(
+      leastPrivilege(
+        withStatement('SlideRunRole', 'PassJobRole', (statement) => {
+          delete statement.Condition;
+        }),
+      ),
+    ).toEqual([expect.stringContaining('without iam:PassedToService')]);
+    expect(
+      leastPrivilege(
+        broken('JobRole', (properties) => {
+          Object.assign(properties, {
+            ManagedPolicyArns: ['arn:aws:iam::aws:policy/AmazonSageMakerFullAccess'],
+          });
+        }),
+      ),
+    ).toEqual([expect.stringContaining('managed policies')]);
+    expect(
+      leastPrivilege(
+        broken<{ AssumeRolePolicyDocument: Policy }>('JobRole', ({ AssumeRolePolicyDocument: document }) => {
+          const [statement] = document.Statement;
+          Object.assign(statement ?? {}, { Principal: { AWS: '123456789012' } });
+        }),
+      ),
+    ).toEqual([expect.stringContaining('others than a service')]);
+    const [one = '', two = ''] = Object.keys(packaged.Resources).filter(
+      (id) => packaged.Resources[id]?.Type === 'AWS::Lambda::Function',
+    );
+    expect(
+      leastPrivilege(
+        broken(one, (properties) => {
+          Object.assign(properties, { Role: packaged.Resources[two]?.Properties.Role });
+        }),
+      ),
+    ).toEqual([expect.stringContaining(`${one} and ${two}`)]);
+  });
+
+  it('leaves the state machine enough to call its functions and run its jobs', () => {
+    expect(machineRights(packaged, flow)).toEqual([]);
+  });
+
+  it.each(['sagemaker:AddTags', 'sagemaker:StopProcessingJob', 'iam:PassRole', 'events:PutRule'])(
+    'would find that %s is lacking',
+    (action) => {
+      const sid = { sagemaker: 'RunJobs', iam: 'PassJobRole', events: 'HearOfJobs' }[
+        action.split(':')[0] ?? ''
+      ];
+      const copy = withStatement('SlideRunRole', sid ?? '', (statement) => {
+        statement.Action = [statement.Action].flat().filter((allowed) => allowed !== action);
+      });
+      expect(machineRights(copy, flow)).toEqual([`Run job: lacks ${action}`]);
+    },
+  );
+
+  it('would find a function that the state machine may not invoke', () => {
+    const copy = withStatement('SlideRunRole', 'RunFunctions', (statement) => {
+      statement.Resource = (statement.Resource as unknown[]).slice(1);
+    });
+    expect(machineRights(copy, flow)).not.toEqual([]);
+  });
+});
+
+describe('what is kept', () => {
+  it('lies in buckets that are encrypted, versioned, closed to the public and reached over TLS only', () => {
+    expect(buckets(packaged)).toEqual([]);
+  });
+
+  it('would find a bucket without any of these', () => {
+    const without = (name: string) =>
+      buckets(
+        broken('SilverBucket', (properties) => {
+          delete properties[name];
+        }),
+      );
+    expect(without('BucketEncryption')).toEqual(['SilverBucket: is not encrypted']);
+    expect(without('VersioningConfiguration')).toEqual(['SilverBucket: keeps no versions']);
+    expect(without('PublicAccessBlockConfiguration')).toHaveLength(4);
+  });
+
+  it.each<[string, (statement: Statement) => void]>([
+    ['none', (statement) => Object.assign(statement, { Effect: 'Allow' })],
+    [
+      'one on the bucket alone',
+      (statement) => Object.assign(statement, { Resource: [[statement.Resource].flat()[0]] }),
+    ],
+    ['one without the condition', (statement) => Object.assign(statement, { Condition: {} })],
+    ['one on reading alone', (statement) => Object.assign(statement, { Action: 's3:GetObject' })],
+  ])('would find a policy that is not TLS-only: %s', (_, change) => {
+    const copy = broken<{ PolicyDocument: Policy }>('SilverBucketPolicy', ({ PolicyDocument: document }) => {
+      const [statement] = document.Statement;
+      if (statement) change(statement);
+    });
+    expect(buckets(copy)).toEqual(['SilverBucket: may be reached without TLS']);
+  });
+
+  it('lies in tables, topics and repositories that are encrypted, and can be put back', () => {
+    expect(stores(packaged)).toEqual([]);
+  });
+
+  it.each([
+    ['StateTable', 'SSESpecification'],
+    ['LineageTable', 'PointInTimeRecoverySpecification'],
+    ['RunsTopic', 'KmsMasterKeyId'],
+    ['SlideInferenceRepository', 'ImageTagMutability'],
+  ])('would find %s without %s', (id, name) => {
+    const copy = broken(id, (properties) => {
+      delete properties[name];
+    });
+    expect(stores(copy)).toEqual([expect.stringContaining(id)]);
+  });
+
+  it('includes logs, for a time that is said', () => {
+    expect(logGroups(packaged)).toEqual([]);
+    const id = firstId('AWS::Logs::LogGroup');
+    const forEver = broken(id, (properties) => {
+      delete properties.RetentionInDays;
+    });
+    expect(logGroups(forEver)).toEqual([`${id}: keeps its lines for ever`]);
+    const elsewhere = broken(id, (properties) => {
+      Object.assign(properties, { LogGroupName: '/elsewhere' });
+    });
+    expect(logGroups(elsewhere)).toEqual([expect.stringContaining('has no log group of its own')]);
+  });
+});
+
+describe('every function', () => {
+  it('runs on Node 24, on Arm', () => {
+    expect(functions(packaged)).toEqual([]);
+    const id = firstId('AWS::Lambda::Function');
+    const older = broken(id, (properties) => {
+      Object.assign(properties, { Runtime: 'nodejs20.x', Architectures: ['x86_64'] });
+    });
+    expect(functions(older)).toEqual([`${id}: runs on nodejs20.x`, `${id}: does not run on arm64`]);
+  });
+});
+
+describe('every task of the state machine', () => {
+  it('has a limit, retries what may pass, and is caught', () => {
+    expect(tasks(flow)).toEqual([]);
+  });
+
+  it.each<[string, string, (state: State) => void]>([
+    ['a limit', 'has no TimeoutSeconds', (state) => delete state.TimeoutSeconds],
+    ['retries', 'has no Retry', (state) => delete state.Retry],
+    ['something that catches', 'nothing catches its failures', (state) => delete state.Catch],
+    [
+      'something that catches all',
+      'nothing catches its failures',
+      (state) => {
+        state.Catch = [{ ErrorEquals: ['Throttled'] }];
+      },
+    ],
+    [
+      'thought on what it retries',
+      'retries whatever it was',
+      (state) => {
+        state.Retry = [{ ErrorEquals: ['States.ALL'] }];
+      },
+    ],
+  ])('would be found without %s', (_, finding, change) => {
+    expect(tasks(brokenState('Plan run', change))).toEqual([`Plan run: ${finding}`]);
+  });
+
+  it('within a Map is caught there or by the Map', () => {
+    const inner = 'Fail slide';
+    expect([...states(flow)].find(({ name }) => name === inner)?.around).toHaveLength(1);
+    const copy = brokenState('Ingest slides', (state) => delete state.Catch);
+    expect(tasks(copy)).toEqual([
+      'Ingest slides: nothing catches its failures',
+      `${inner}: nothing catches its failures`,
+    ]);
+  });
+
+  it('of an Express child ends before its execution does', () => {
+    const copy = brokenState('Aggregate slide', (state) => {
+      state.TimeoutSeconds = 301;
+    });
+    expect(tasks(copy)).toEqual(['Aggregate slide: may take longer than an Express execution']);
+  });
+
+  it('that runs a job limits it, waits for the quota, and encrypts what its instances say', () => {
+    expect([...sagemakerTasks(flow)].length).toBeGreaterThan(0);
+    expect(jobs(flow)).toEqual([]);
+    const copy = brokenState('Run job', (state) => {
+      state.Retry = [];
+      delete state.Parameters?.StoppingCondition;
+      delete state.Parameters?.NetworkConfig;
+    });
+    expect(jobs(copy)).toHaveLength(4);
+  });
+});
+
+describe.skipIf(!hasBotocore)('every SageMaker call', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'calls-'));
+  afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+  /** The request that the state makes of its input, as the interpreter of the local AWS renders it. */
+  async function rendered({ name, state }: Placed, input: unknown): Promise<Record<string, unknown>> {
+    const { Type, Resource, Parameters } = state;
+    const alone = { StartAt: name, States: { [name]: { Type, Resource, Parameters, End: true } } };
+    let request: Record<string, unknown> = {};
+    const machine = new StateMachine(alone as never, { validationOptions: { noValidate: true } });
+    await machine.run(input as never, {
+      overrides: {
+        taskResourceLocalHandlers: {
+          [name]: async (given) => {
+            request = given as Record<string, unknown>;
+            return {};
+          },
+        },
+      },
+    }).result;
+    return request;
+  }
+
+  /** What the local SageMaker keeps of the request when it takes it; the job itself is not to run. */
+  async function recorded(request: Record<string, unknown>): Promise<Record<string, unknown>> {
+    const sagemaker = new SageMaker({
+      folder: join(folder, 'jobs'),
+      endpoint: () => 'http://127.0.0.1:9',
+      credentials: () => ({ accessKeyId: 'none', secretAccessKey: 'none' }),
+      logs: new Logs({ folder: join(folder, 'logs') }),
+      containers: () => ({ folder }),
+      python: 'python3',
+      executor: 'process',
+      faults: () => ({ failureReason: 'CapacityError' }),
+    });
+    const caller = { arn: 'test', authorize: () => undefined };
+    await sagemaker.operations.CreateProcessingJob?.(request as never, caller);
+    const path = join(folder, 'jobs', String(request.ProcessingJobName), 'job.json');
+    return JSON.parse(readFileSync(path, 'utf8')).request;
+  }
+
+  /** A job as PlanInference makes them, with the stage's own figures and the longest name. */
+  function job(): InferenceJob {
+    const plan = Object.values(packaged.Resources).find(({ Properties }) =>
+      String(Properties.FunctionName).endsWith('-plan-inference'),
+    );
+    if (!plan) throw new Error('The template has no function plan-inference.');
+    const { Variables } = plan.Properties.Environment as { Variables: Record<string, string> };
+    return {
+      model: 'haematoxylin-area',
+      version: '1.0.0',
+      jobName: `${Variables.JOB_PREFIX}-`.padEnd(57, '0'),
+      shardsUri: 's3://silver/runs/0123456789abcdef/jobs/haematoxylin-area/',
+      modelUri: 's3://models/models/haematoxylin-area/1.0.0/model.tar.gz',
+      slides: 3,
+      instanceCount: Number(Variables.MAX_INSTANCES),
+      instanceType: String(Variables.INSTANCE_TYPE),
+      volumeSizeInGB: Number(Variables.VOLUME_SIZE_IN_GB),
+      maxRuntimeInSeconds: Number(Variables.MAX_RUNTIME_IN_SECONDS),
+    };
+  }
+
+  const call = async () => {
+    const [task] = [...sagemakerTasks(flow)].filter(({ operation }) => operation === 'createProcessingJob');
+    if (!task) throw new Error('The definition runs no Processing job.');
+    const input = { run: { runId: '0123456789abcdef' }, job: job(), attempt: 25 };
+    return { service: 'sagemaker', operation: task.operation, request: await rendered(task, input) };
+  };
+
+  it('is a request that AWS’s service model takes', async () => {
+    const { request, ...rest } = await call();
+    expect(serviceModelFindings([{ ...rest, request: await recorded(request) }])).toEqual([]);
+  });
+
+  it('runs a Processing job; another kind would need its request held up here too', () => {
+    const operations = [...sagemakerTasks(flow)].map(({ operation }) => operation);
+    expect(new Set(operations)).toEqual(new Set(['createProcessingJob']));
+  });
+
+  const cluster = (request: Record<string, unknown>, change: object) =>
+    Object.assign((request.ProcessingResources as { ClusterConfig: object }).ClusterConfig, change);
+
+  it.each<[string, (request: Record<string, unknown>) => void, RegExp]>([
+    ['with a member that there is not', (request) => Object.assign(request, { JobName: 'x' }), /JobName/],
+    ['without a member that is required', (request) => delete request.RoleArn, /RoleArn/],
+    [
+      'with a name of wrong characters',
+      (request) => Object.assign(request, { ProcessingJobName: 'a_b' }),
+      /'a_b' does not match/,
+    ],
+    [
+      'with a name that is too long',
+      (request) => Object.assign(request, { ProcessingJobName: 'a'.repeat(64) }),
+      /length 64 is above 63/,
+    ],
+    [
+      'with an instance type that there is not',
+      (request) => cluster(request, { InstanceType: 'ml.p4d.24xlarge' }),
+      /ml\.p4d\.24xlarge.*values/,
+    ],
+    ['with text for a number', (request) => cluster(request, { VolumeSizeInGB: '30' }), /VolumeSizeInGB/],
+    [
+      'with a run that is too long',
+      (request) => Object.assign(request, { StoppingCondition: { MaxRuntimeInSeconds: 777_601 } }),
+      /777601 is above 777600/,
+    ],
+  ])('would be found %s', async (_, change, finding) => {
+    const { request, ...rest } = await call();
+    change(request);
+    expect(serviceModelFindings([{ ...rest, request }]).join('\n')).toMatch(finding);
+  });
+
+  it('would be found to be of no operation', () => {
+    expect(
+      serviceModelFindings([{ service: 'sagemaker', operation: 'createSlideJob', request: {} }]),
+    ).toEqual(['sagemaker:CreateSlideJob: there is no such operation']);
+  });
+});
