@@ -6,7 +6,7 @@ import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { GetObjectCommand, paginateListObjectsV2 } from '@aws-sdk/client-s3';
 import { forEachConcurrently } from '../core/concurrency.ts';
-import type { Plan } from '../core/contracts.ts';
+import type { Plan, RunItem, SlideItem } from '../core/contracts.ts';
 import { reportPrefix, resultsCsvKey, runJsonKey, runPrefix, slidesPrefix } from '../core/keys.ts';
 import { IN_WORDS } from '../core/notification.ts';
 import { isProblem, outputColumns, type SlideRow, slideRow } from '../core/results.ts';
@@ -72,15 +72,18 @@ export interface Answers {
 }
 
 /** What became of each line of the manifest so far. */
-export async function readAnswers(deployment: Deployment, runId: string): Promise<Answers> {
-  const plan = await readPlan(deployment, runId);
-  const items = new Map<string, Parameters<typeof slideRow>[1]>();
-  for await (const item of deployment.state.slides(runId)) items.set(item.slideId, item);
-  const planned = await readPlanned(deployment, runId);
-  return {
-    rows: planned.map((slide) => slideRow(slide, items.get(slide.slideId))),
-    models: plan?.models ?? [],
-  };
+export async function readAnswers(deployment: Deployment, run: RunItem): Promise<Answers> {
+  const plan = await readPlan(deployment, run.runId);
+  const items = new Map<string, SlideItem>();
+  for await (const item of deployment.state.slides(run.runId)) items.set(item.slideId, item);
+  const rows = (await readPlanned(deployment, run.runId)).map((planned) => {
+    const item = items.get(planned.slideId);
+    const row = slideRow(planned, item);
+    // A slide that is under way is unfinished only once the run has ended.
+    const current = planned.state === 'EXPECTED' && item ? item : planned;
+    return run.state === 'RUNNING' ? { ...row, state: current.state, reason: current.reason ?? null } : row;
+  });
+  return { rows, models: plan?.models ?? [] };
 }
 
 /** Columns of numbers that a table shows beside tiles and tissue. */

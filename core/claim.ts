@@ -34,6 +34,7 @@ export function studyOf(key: string): string {
 export function runIdOf(study: string, manifest: RunContext['manifest'], config: ClaimConfig): string {
   const slug = study
     .normalize('NFKD')
+    .replace(/\p{M}/gu, '')
     .toLowerCase()
     .replace(/[^a-z0-9]+/g, '-')
     .slice(0, 30)

@@ -57,7 +57,8 @@ export function canonicalJson(value: unknown): string {
       .sort(([a], [b]) => (a < b ? -1 : 1));
     return `{${entries.map(([key, inner]) => `${JSON.stringify(key)}:${canonicalJson(inner)}`).join(',')}}`;
   }
-  return JSON.stringify(value);
+  // As JSON.stringify does inside arrays.
+  return value === undefined ? 'null' : JSON.stringify(value);
 }
 
 /** The hash of an event: SHA-256, in hex, over the canonical JSON of all of it but the hash. */

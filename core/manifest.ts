@@ -134,8 +134,7 @@ function toRow({ fields, line }: Row, columns: string[], slideColumn: string): M
       `\`${written}\` leads out of the study's folder. Give a path relative to the manifest.`,
     );
   }
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is looked for
-  if (/[\u0000-\u001f\u007f]/.test(slide)) refuse('RowInvalid', 'the slide name holds control characters.');
+  if (/\p{Cc}/u.test(slide)) refuse('RowInvalid', 'the slide name holds control characters.');
 
   const slideId = cells.get('slide_id');
   if (slideId) {

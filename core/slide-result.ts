@@ -276,14 +276,14 @@ async function readAnswer(
     bare(marker.outputs['tiles.parquet']?.sha256 ?? ''),
   );
   const tiles = await readTiles(bytes, planned.model);
-  expectSame('tiles.parquet', 'slide', tiles.metadata.get('slide_id'), input.slide.slideId);
+  expectSame('tiles.parquet', 'slide', tiles.metadata.get('slideId'), input.slide.slideId);
   expectSame(
     'tiles.parquet',
     'checksum of the slide',
-    tiles.metadata.get('slide_checksum'),
+    tiles.metadata.get('slideChecksum'),
     input.slide.checksum,
   );
-  expectSame('tiles.parquet', 'digest of the model', tiles.metadata.get('model_digest'), planned.digest);
+  expectSame('tiles.parquet', 'digest of the model', tiles.metadata.get('modelDigest'), planned.digest);
   expectSame('tiles.parquet', 'number of tiles', tiles.rows, marker.tiles?.kept);
   expectSame('tiles.parquet', 'number of readable tiles', countReadable(tiles), marker.tiles?.ok);
   return tiles;

@@ -9,8 +9,7 @@ import { Readable, Writable } from 'node:stream';
 import dynalite from 'dynalite';
 import { z } from 'zod';
 import type { BodyService } from './gateway.ts';
-import type { Resource } from './resources.ts';
-import { tableArn } from './resources.ts';
+import { type Resource, tableArn } from './resources.ts';
 import { type Caller, LOCAL_REGION, ServiceError, UnsupportedLocally } from './types.ts';
 
 type TableProperties = Extract<Resource, { type: 'AWS::DynamoDB::Table' }>['properties'];

@@ -50,6 +50,8 @@ export interface LocalAwsOptions {
   port?: number;
   /** Waits and retry intervals of state machines are multiplied by it. Default 1. */
   timeScale?: number;
+  /** False: unfinished executions, jobs and events are left as they are, for who only looks. Default true. */
+  resume?: boolean;
   /** Told each message that would be mailed. */
   onMessage?(message: Message): void;
 }
@@ -247,6 +249,7 @@ class Engine {
     this.#createRoles();
     for (const resource of this.#stack.resources) await this.#create(resource);
     await this.gateway.listen(this.#options.port ?? 0);
+    if (this.#options.resume === false) return;
     const { s3, sageMaker, stepFunctions, events } = this.services;
     await s3.recover();
     await sageMaker.recover();
@@ -256,9 +259,9 @@ class Engine {
 
   /** Those who make requests stop before those who answer them. Everything is closed, whatever fails. */
   async close(): Promise<void> {
-    const { events, stepFunctions, sageMaker, lambda, dynamodb } = this.services;
+    const { events, stepFunctions, sageMaker, lambda, s3, dynamodb } = this.services;
     const errors: unknown[] = [];
-    for (const part of [events, stepFunctions, sageMaker, lambda, this.gateway, dynamodb]) {
+    for (const part of [events, stepFunctions, sageMaker, lambda, this.gateway, s3, dynamodb]) {
       await part.close().catch((error: unknown) => errors.push(error));
     }
     if (errors.length > 0) throw new AggregateError(errors, 'Not every part of the local AWS closed well.');

@@ -7,24 +7,12 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, w
 import { join } from 'node:path';
 import { z } from 'zod';
 import { compilePattern, type Pattern, readPath } from './patterns.ts';
-import type { Resource } from './resources.ts';
-import { bucketArn, ruleArn } from './resources.ts';
+import { bucketArn, type Resource, ruleArn } from './resources.ts';
+import type { ObjectCreated } from './s3/service.ts';
 import { LOCAL_ACCOUNT, LOCAL_REGION, UnsupportedLocally } from './types.ts';
 
 type RuleProperties = Extract<Resource, { type: 'AWS::Events::Rule' }>['properties'];
 type TargetProperties = RuleProperties['Targets'][number];
-
-/** What S3 says of a new object. */
-export interface ObjectCreated {
-  bucket: string;
-  key: string;
-  size: number;
-  etag: string;
-  versionId?: string;
-  sequencer: string;
-  reason: 'PutObject' | 'CopyObject' | 'CompleteMultipartUpload';
-  requester: string;
-}
 
 /** Hands an event to a target; resolves once the target has it for good. `id` is the same for a redelivery. */
 export type Deliver = (delivery: {
@@ -193,7 +181,8 @@ export function objectCreatedEvent(created: ObjectCreated) {
         sequencer,
       },
       'request-id': id.replaceAll('-', '').slice(0, 16).toUpperCase(),
-      requester,
+      // An account, as S3 has it; the ARN would tell more.
+      requester: requester.split(':')[4] ?? requester,
       'source-ip-address': '127.0.0.1',
       reason,
     },

@@ -6,12 +6,16 @@ import { randomUUID } from 'node:crypto';
 import { Worker } from 'node:worker_threads';
 import type { ErrorPayload, Invocation, RuntimeData, RuntimeMessage } from './runtime.ts';
 
-/** What a function threw, or how its environment ended. `name` is the error type that a state machine matches. */
+/**
+ * What a function threw, or how its environment ended. `name` is the error type that a state machine matches, and
+ * `stack` is the function's own.
+ */
 export class FunctionError extends Error {
   readonly payload: ErrorPayload;
   constructor(payload: ErrorPayload) {
     super(payload.errorMessage);
     this.name = payload.errorType;
+    this.stack = payload.trace.join('\n');
     this.payload = payload;
   }
 }

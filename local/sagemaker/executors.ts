@@ -5,6 +5,7 @@
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync } from 'node:fs';
+import { devNull } from 'node:os';
 import { basename, delimiter, dirname, join } from 'node:path';
 import { promisify } from 'node:util';
 import { LOCAL_REGION } from '../types.ts';
@@ -95,6 +96,9 @@ export class ProcessExecutor implements Executor {
       PATH: [dirname(this.#python), essential.PATH ?? ''].join(delimiter),
       PYTHONPATH: [container, join(container, 'src')].filter((path) => existsSync(path)).join(delimiter),
       PYTHONUNBUFFERED: '1',
+      // An image has no profiles; those of whoever sits here lead to a real account.
+      AWS_CONFIG_FILE: devNull,
+      AWS_SHARED_CREDENTIALS_FILE: devNull,
       ...jobEnvironment(instance),
     };
 

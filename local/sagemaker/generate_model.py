@@ -64,6 +64,4 @@ def model() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("model.json").write_text(
-        json.dumps(model(), indent=2) + "\n"
-    )
+    Path(__file__).with_name("model.json").write_text(json.dumps(model(), indent=2) + "\n")

@@ -16,7 +16,7 @@ describe('tiles.parquet', () => {
       expect([...tiles.height]).toEqual([256, 256, 256, 256]);
       expect([...tiles.readable]).toEqual([1, 1, 0, 1]);
       expect([...(tiles.outputs.get('haematoxylin_area') ?? [])]).toEqual([0.25, 0.5, Number.NaN, 0.75]);
-      expect(tiles.metadata.get('slide_id')).toBe('s1');
+      expect(tiles.metadata.get('slideId')).toBe('s1');
     },
   );
 

@@ -13,7 +13,7 @@ const created = {
   versionId: 'v1',
   sequencer: '0001',
   reason: 'PutObject' as const,
-  requester: '000000000000',
+  requester: 'arn:aws:iam::000000000000:root',
 };
 const target = { Id: 'run', Arn: MACHINE, RoleArn: 'arn:aws:iam::000000000000:role/start' };
 const rule = (detail: unknown, targets: object[] = [target], more = {}) => ({

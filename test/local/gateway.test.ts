@@ -89,13 +89,14 @@ describe('a signed request', () => {
 
   it('whose body was changed on the way is refused', async () => {
     const client = new SFNClient(options(worker));
-    client.middlewareStack.addRelativeTo(
-      (next) => async (args) => {
-        (args.request as { body: string }).body = '{"stateMachineArn":"arn:aws:states:::other"}';
-        (args.request as { headers: Record<string, string> }).headers['content-length'] = '44';
+    client.middlewareStack.add(
+      (next) => (args) => {
+        const request = args.request as { body: Uint8Array | string; headers: Record<string, string> };
+        request.body = Buffer.concat([request.body as Uint8Array]).toString().replace('machine', 'another');
+        request.headers['content-length'] = String(request.body.length);
         return next(args);
       },
-      { relation: 'after', toMiddleware: 'httpSigningMiddleware', name: 'change' },
+      { step: 'finalizeRequest', priority: 'low' },
     );
     await expect(client.send(start)).rejects.toMatchObject({ name: 'InvalidSignatureException' });
   });

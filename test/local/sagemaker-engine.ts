@@ -1,19 +1,18 @@
 /**
- * A small engine for the tests of SageMaker and CloudWatch Logs: the gateway, both services, and an S3 that is just
- * large enough for a job's inputs and outputs. Run as a program it is an engine that can be killed:
+ * A small engine for the tests of SageMaker: the gateway, S3, CloudWatch Logs, and callers who may do everything
+ * but what a test denies them. Run as a program it is an engine that can be killed:
  *
  *   node test/local/sagemaker-engine.ts <JSON of EngineOptions>     prints its endpoint
  */
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { buffer } from 'node:stream/consumers';
 import { CloudWatchLogsClient } from '@aws-sdk/client-cloudwatch-logs';
 import { S3Client } from '@aws-sdk/client-s3';
 import { SageMakerClient } from '@aws-sdk/client-sagemaker';
 import { Gateway } from '../../local/gateway.ts';
 import { Logs } from '../../local/logs.ts';
+import { S3Service } from '../../local/s3/service.ts';
 import { SageMaker, type SageMakerOptions } from '../../local/sagemaker/service.ts';
-import { type Caller, type HttpService, ServiceError } from '../../local/types.ts';
+import { type Caller, ServiceError } from '../../local/types.ts';
 
 export const JOB_ROLE = 'arn:aws:iam::000000000000:role/inference-job';
 export const IMAGE = '000000000000.dkr.ecr.us-east-1.amazonaws.com/slide-inference:1';
@@ -27,48 +26,14 @@ export interface EngineOptions extends Partial<Pick<SageMakerOptions, Passed>> {
   denied?: string[];
 }
 
-/** Objects as files, named by their encoded keys; only what a job's inputs and outputs need. */
-class SmallS3 implements HttpService {
-  readonly #folder: string;
-  /** Access key ids that asked, in order. */
-  readonly callers: string[] = [];
-  constructor(folder: string) {
-    this.#folder = folder;
-    mkdirSync(folder, { recursive: true });
-  }
-
-  handle: HttpService['handle'] = async (request, response, caller) => {
-    this.callers.push(caller.arn);
-    const url = new URL(request.url ?? '/', 'http://s3');
-    const [, bucket = '', ...rest] = decodeURIComponent(url.pathname).split('/');
-    const key = rest.join('/');
-    const path = (name: string) => join(this.#folder, encodeURIComponent(`${bucket}/${name}`));
-    if (request.method === 'PUT') {
-      writeFileSync(path(key), await buffer(request));
-      response.writeHead(200, { etag: '"0"' }).end();
-    } else if (key === '') {
-      const prefix = `${bucket}/${url.searchParams.get('prefix') ?? ''}`;
-      const keys = readdirSync(this.#folder)
-        .map(decodeURIComponent)
-        .filter((name) => name.startsWith(prefix))
-        .map((name) => `<Contents><Key>${name.slice(bucket.length + 1)}</Key></Contents>`);
-      response
-        .writeHead(200, { 'content-type': 'application/xml' })
-        .end(`<ListBucketResult><IsTruncated>false</IsTruncated>${keys.join('')}</ListBucketResult>`);
-    } else {
-      response.writeHead(200).end(readFileSync(path(key)));
-    }
-  };
-}
-
 export interface Engine {
   endpoint: string;
   sagemaker: SageMaker;
   client: SageMakerClient;
   logs: CloudWatchLogsClient;
   s3: S3Client;
-  /** ARNs of those who asked S3 for something. */
-  s3Callers: string[];
+  /** Requests since the start, by the ARN of who asked. */
+  requests(): Record<string, Record<string, number>>;
   close(): Promise<void>;
 }
 
@@ -81,7 +46,8 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
     },
   });
   const logs = new Logs({ folder: join(options.state, 'logs') });
-  const s3 = new SmallS3(join(options.state, 's3'));
+  const s3 = new S3Service({ folder: join(options.state, 's3'), onObjectCreated: async () => undefined });
+  await s3.createBucket('silver', { versioning: true, eventBridge: false });
   let endpoint = '';
   const { state, container, denied: _denied, ...rest } = options;
   const sagemaker = new SageMaker({
@@ -125,10 +91,11 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
     client: new SageMakerClient(config),
     logs: new CloudWatchLogsClient(config),
     s3: new S3Client({ ...config, forcePathStyle: true }),
-    s3Callers: s3.callers,
+    requests: () => gateway.counts().byPrincipal,
     async close() {
       await sagemaker.close();
       await gateway.close();
+      await s3.close();
     },
   };
 }

@@ -139,9 +139,9 @@ export async function writeAnswer(
   const { digest } = planned(model);
   const prefix = resultPrefix(RUN.runId, slideId, model.name);
   const parquet = tilesParquet(model, tiles, {
-    slide_id: slideId,
-    slide_checksum: `crc64nvme:${slideId}`,
-    model_digest: digest,
+    slideId,
+    slideChecksum: `crc64nvme:${slideId}`,
+    modelDigest: digest,
   });
   const ok = tiles.filter(({ values }) => values).length;
   const marker: Completion = {

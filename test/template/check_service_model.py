@@ -1,18 +1,17 @@
 """Hold requests against AWS's own service model, as botocore carries it.
 
-Reads from stdin a JSON array of `{"service": …, "operation": …, "request": …}`, the operation as a state machine's
-resource names it (`createProcessingJob`); writes to stdout a JSON array of findings, each a line of text. No
-findings: the service's front door would let the requests in.
+Reads from stdin a JSON array of `{"service": …, "operation": …, "request": …}`, the operation as a state
+machine's resource names it (`createProcessingJob`); writes to stdout a JSON array of findings, each a line
+of text. No findings: the service's front door would let the requests in.
 
-botocore's own validator looks at types, required and unknown members and lower bounds; upper bounds, patterns and
-values, which it leaves to the service, are walked here from the same model.
+botocore's own validator looks at types, required and unknown members and lower bounds; upper bounds,
+patterns and values, which it leaves to the service, are walked here from the same model.
 """
 
 import json
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import botocore.session
 from botocore.exceptions import UnknownServiceError
@@ -38,8 +37,8 @@ def bounds(shape: Shape, size: float, what: str) -> Iterator[str]:
         yield f"{what} {size} is below {shape.metadata['min']}"
 
 
-def walk(shape: Shape, value: Any, path: str) -> Iterator[str]:
-    """Findings on `value` and all within it. Values of a wrong type are botocore's to report, and passed over."""
+def walk(shape: Shape, value: object, path: str) -> Iterator[str]:
+    """Findings on `value` and all within it; values of a wrong type are left to botocore to report."""
     if isinstance(shape, StructureShape):
         if isinstance(value, dict):
             for name, member in shape.members.items():
@@ -47,16 +46,12 @@ def walk(shape: Shape, value: Any, path: str) -> Iterator[str]:
                     yield from walk(member, value[name], f"{path}.{name}")
     elif isinstance(shape, ListShape):
         if isinstance(value, list):
-            yield from (
-                f"{path}: {finding}" for finding in bounds(shape, len(value), "length")
-            )
+            yield from (f"{path}: {finding}" for finding in bounds(shape, len(value), "length"))
             for index, item in enumerate(value):
                 yield from walk(shape.member, item, f"{path}[{index}]")
     elif isinstance(shape, MapShape):
         if isinstance(value, dict):
-            yield from (
-                f"{path}: {finding}" for finding in bounds(shape, len(value), "length")
-            )
+            yield from (f"{path}: {finding}" for finding in bounds(shape, len(value), "length"))
             for key, item in value.items():
                 yield from walk(shape.key, key, f"{path} (key)")
                 yield from walk(shape.value, item, f"{path}.{key}")
@@ -80,16 +75,11 @@ def text(shape: StringShape, value: str) -> Iterator[str]:
             yield f"{value!r} does not match {shape.metadata['pattern']}"
 
 
-def check(service: str, operation: str, request: Any) -> list[str]:
+def check(service: str, operation: str, request: object) -> list[str]:
     """Findings on one request."""
     name = operation[:1].upper() + operation[1:]
     try:
-        shape = (
-            botocore.session.get_session()
-            .get_service_model(service)
-            .operation_model(name)
-            .input_shape
-        )
+        shape = botocore.session.get_session().get_service_model(service).operation_model(name).input_shape
     except (UnknownServiceError, OperationNotFoundError):
         return [f"{service}:{name}: there is no such operation"]
     report = ParamValidator().validate(request, shape).generate_report()

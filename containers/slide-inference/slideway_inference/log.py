@@ -29,4 +29,4 @@ class Log:
     def event(self, event: str, level: str = "info", **fields: Any) -> None:  # noqa: ANN401
         line = {"time": now(), "level": level, "event": event, **self._fields, **fields}
         with self._lock:
-            print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
+            print(json.dumps(line), file=self._stream, flush=True)

@@ -250,7 +250,7 @@ class Predictor:
         try:
             with torch.inference_mode(), self._precision():
                 answer = self._forward(torch.from_numpy(tiles).to(self._device))
-        except RuntimeError as error:
+        except Exception as error:  # TorchScript's own error is no RuntimeError
             raise ModelError(f"The model raised: {_first_line(error)}") from error
         expected = (len(tiles), len(self._spec.outputs))
         if not isinstance(answer, torch.Tensor) or tuple(answer.shape) != expected:
@@ -270,7 +270,7 @@ class Predictor:
             batch = tiles.permute(0, 3, 1, 2) if self._spec.layout == "NCHW" else tiles
             batch = batch.float().mul_(self._scale)
             return self._model(batch.add_(self._shift) if self._shifted else batch)
-        except RuntimeError as error:
+        except Exception as error:
             # Where a batch does not fit in the GPU's memory, halves may.
             if "out of memory" not in str(error) or len(tiles) == 1:
                 raise

@@ -252,6 +252,7 @@ class Pipeline:
     # --- read --------------------------------------------------------------------------------------------------
 
     def _read(self, reader: ReaderProcess) -> None:
+        reader.start()
         while True:
             slot = self._get(self._free)
             batch = self._next_batch(reader, slot)

@@ -61,6 +61,11 @@ class ReaderProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
+    def start(self) -> None:
+        """Starts the process before it is needed."""
+        if self._connection is None:
+            self._start()
+
     def survey(self, request: SurveyRequest) -> Survey:
         """Raises SlideQuarantined of all kinds."""
         reply = self._call(request, _SURVEY_SECONDS)

@@ -84,4 +84,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slideway_inference import reference_model  # TorchScript writes the module's name: let it be the same
+
+    sys.exit(reference_model.main())

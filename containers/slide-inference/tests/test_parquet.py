@@ -1,0 +1,40 @@
+"""Both writers make the same table."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from slideway_inference.parquet import Column, write_parquet, write_plain
+
+
+def table(rows: int) -> dict[str, Column]:
+    return {
+        "minx": np.arange(rows, dtype=np.int32) - 5,
+        "value_a": np.where(np.arange(rows) % 7 == 3, np.nan, np.arange(rows) / 3).astype(np.float32),
+        "status": ["ok" if row % 3 else "unreadable" for row in range(rows)],
+    }
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17, (1 << 20) + 5])
+def test_the_plain_writer_is_read_like_pyarrows(rows: int) -> None:
+    metadata = {"slideId": "ä", "codeVersion": "1", "parameters": '{"a":1}'}
+    plain = pq.read_table(io.BytesIO(write_plain(table(rows), metadata)))
+    compressed = pq.read_table(io.BytesIO(write_parquet(table(rows), metadata)))
+    assert plain.schema.equals(compressed.schema, check_metadata=True)
+    for name in plain.column_names:
+        np.testing.assert_array_equal(plain[name].to_numpy(), compressed[name].to_numpy())
+    assert {key.decode(): value.decode() for key, value in plain.schema.metadata.items()} == metadata
+
+
+def test_equal_tables_give_equal_bytes() -> None:
+    for write in (write_plain, write_parquet):
+        assert write(table(100), {"b": "2", "a": "1"}) == write(table(100), {"a": "1", "b": "2"})
+
+
+def test_more_than_fifteen_columns_fit() -> None:
+    columns: dict[str, Column] = {f"value_{index}": np.full(3, index, np.float32) for index in range(40)}
+    assert pq.read_table(io.BytesIO(write_plain(columns, {}))).num_columns == 40

@@ -1,0 +1,202 @@
+import fc from 'fast-check';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type {
+  BronzeSlide,
+  InferenceSlide,
+  Plan,
+  PlannedSlide,
+  Shard,
+  ShardSlide,
+} from '../../core/contracts.ts';
+import { balance, jobNameOf, planInference } from '../../core/inference.ts';
+import { causeMessage, failSlide, recordJob } from '../../core/jobs.ts';
+import { inferenceKey, planKey, shardKey, slidesKey } from '../../core/keys.ts';
+import { readJson, readLines, writeJson, writeLines } from '../../core/store.ts';
+import { MODEL, RUN } from '../support/results.ts';
+import { type Services, startServices } from '../support/services.ts';
+
+const bronze = (size: number): BronzeSlide => ({
+  bucket: 'bronze',
+  key: 'k',
+  files: [],
+  size,
+  checksum: `c${size}`,
+});
+const config = {
+  jobPrefix: 'slideway-dev',
+  instanceType: 'ml.g5.xlarge',
+  maxInstances: 2,
+  slidesPerInstance: 2,
+  volumeSizeInGB: 200,
+  maxRuntimeInSeconds: 86_400,
+};
+
+let services: Services;
+beforeAll(async () => {
+  services = await startServices();
+});
+afterAll(() => services.close());
+
+describe('slides are dealt to instances', () => {
+  const slides = fc
+    .array(fc.nat(1e6), { minLength: 1, maxLength: 60 })
+    .map((sizes) =>
+      sizes.map((size, i): ShardSlide => ({ slideId: `s${i}`, slide: 'x', bronze: bronze(size) })),
+    );
+
+  it('each to one, no shard heavier than the lightest by more than one slide', () => {
+    fc.assert(
+      fc.property(slides, fc.integer({ min: 1, max: 8 }), (all, count) => {
+        const shards = balance(all, count);
+        expect(
+          shards
+            .flat()
+            .map((s) => s.slideId)
+            .sort(),
+        ).toEqual(all.map((s) => s.slideId).sort());
+        const loads = shards.map((shard) => shard.reduce((sum, s) => sum + s.bronze.size, 0));
+        const largest = Math.max(...all.map((s) => s.bronze.size));
+        expect(Math.max(...loads) - Math.min(...loads)).toBeLessThanOrEqual(largest);
+      }),
+    );
+  });
+});
+
+it('job names fit SageMaker with room for an attempt', () => {
+  fc.assert(
+    fc.property(fc.string(), fc.stringMatching(/^[a-z0-9][a-z0-9-]{0,62}$/), (runId, model) => {
+      const name = jobNameOf('slideway-prod', runId, model);
+      expect(`${name}-99999`).toMatch(/^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$/);
+    }),
+  );
+  expect(jobNameOf('slideway-dev', 'r', 'a')).not.toBe(jobNameOf('slideway-dev', 's', 'a'));
+});
+
+describe('the inference of a run', () => {
+  it('takes the slides that were ingested, and planning it again changes nothing', async () => {
+    const { s3, state } = services;
+    const ref = {
+      bucket: 'models',
+      key: 'models/m/1/model.tar.gz',
+      name: 'm',
+      version: '1',
+      digest: 'sha256:0',
+    };
+    const plan: Plan = { run: RUN, codeVersion: '1', models: [{ ...ref, model: MODEL }], counts: {} };
+    const line = (n: number, more: Partial<PlannedSlide> = {}): PlannedSlide => ({
+      line: n,
+      slideId: `s${n}`,
+      slide: `${n}.svs`,
+      state: 'EXPECTED',
+      models: ['m'],
+      metadata: {},
+      ...more,
+    });
+    await writeJson(s3, { bucket: 'silver', key: planKey(RUN.runId) }, plan);
+    await writeLines(s3, { bucket: 'silver', key: slidesKey(RUN.runId) }, [
+      line(2, { mpp: 0.25, mppSource: 'manifest' }),
+      line(3),
+      line(4, { state: 'MISSING' }),
+      line(5),
+      line(6),
+    ]);
+    for (const n of [2, 3, 6])
+      await state.transition(RUN.runId, `s${n}`, 'INGESTED', { slide: 'x', bronze: bronze(n) });
+    await state.transition(RUN.runId, 's5', 'FAILED', { slide: 'x' });
+
+    const dependencies = { ...services, silverBucket: 'silver', config };
+    const first = await planInference(RUN, dependencies);
+    expect(first.jobs).toEqual([
+      expect.objectContaining({
+        model: 'm',
+        slides: 3,
+        instanceCount: 2,
+        shardsUri: `s3://silver/runs/${RUN.runId}/jobs/m/`,
+        modelUri: 's3://models/models/m/1/model.tar.gz',
+      }),
+    ]);
+    const inference = await Array.fromAsync(
+      readLines<InferenceSlide>(s3, { bucket: 'silver', key: inferenceKey(RUN.runId) }),
+    );
+    expect(inference.map(({ slideId, checksum }) => [slideId, checksum])).toEqual([
+      ['s2', 'c2'],
+      ['s3', 'c3'],
+      ['s6', 'c6'],
+    ]);
+    const shard = (await readJson(s3, { bucket: 'silver', key: shardKey(RUN.runId, 'm', 1) })) as Shard;
+    expect(shard).toMatchObject({ shard: 1, shards: 2, model: ref, parameters: RUN.parameters });
+    expect(shard.slides.map(({ slideId, mpp }) => [slideId, mpp])).toEqual([
+      ['s3', undefined],
+      ['s2', 0.25],
+    ]);
+    expect((await state.slide(RUN.runId, 's2'))?.state).toBe('INFERRING');
+    expect((await planInference(RUN, dependencies)).jobs).toEqual(first.jobs);
+  });
+});
+
+describe('how things ended', () => {
+  const job = {
+    ...config,
+    model: 'm',
+    version: '1',
+    jobName: 'j',
+    shardsUri: 's',
+    modelUri: 'm',
+    slides: 1,
+    instanceCount: 2,
+  };
+
+  it('a job that succeeded counts its instance seconds', async () => {
+    await recordJob(
+      { run: RUN, job, attempt: 3, done: { jobName: 'j-3', startTime: 1_000, endTime: 61_500 } },
+      services,
+    );
+    expect(await Array.fromAsync(services.state.jobs(RUN.runId))).toEqual([
+      expect.objectContaining({ jobName: 'j-3', state: 'SUCCEEDED', instanceSeconds: 121 }),
+    ]);
+  });
+
+  it.each([
+    ['SageMaker.ResourceLimitExceededException', 'limit is 0', 'JobQuota'],
+    ['States.TaskFailed', JSON.stringify({ FailureReason: 'CapacityError: none' }), 'JobCapacity'],
+    [
+      'States.TaskFailed',
+      JSON.stringify({ FailureReason: 'AlgorithmError', ExitMessage: 'ModelPackageInvalid: x' }),
+      'JobFailed',
+    ],
+    ['States.Timeout', '', 'JobTimedOut'],
+  ])('a job that failed with %s: %s', async (error, cause, name) => {
+    await recordJob({ run: { ...RUN, runId: name }, job, attempt: 1, failure: { error, cause } }, services);
+    const [item] = await Array.fromAsync(services.state.jobs(name));
+    expect(item).toMatchObject({ state: 'FAILED', instanceSeconds: 0, reason: { error: name } });
+  });
+
+  it('a slide that no function could end is FAILED, unless it had ended', async () => {
+    const failure = {
+      run: RUN,
+      slide: 'x',
+      stage: 'IngestSlides',
+      error: 'Sandbox.Timedout',
+      cause: '{"errorMessage":"after 900 s"}',
+    };
+    await failSlide({ ...failure, slideId: 'f1' }, services);
+    expect(await services.state.slide(RUN.runId, 'f1')).toMatchObject({
+      state: 'FAILED',
+      reason: { error: 'Sandbox.Timedout', message: 'IngestSlides: after 900 s' },
+    });
+    await services.state.transition(RUN.runId, 'f2', 'AGGREGATED', { slide: 'x' });
+    await failSlide({ ...failure, slideId: 'f2' }, services);
+    expect((await services.state.slide(RUN.runId, 'f2'))?.state).toBe('AGGREGATED');
+  });
+
+  it('a cause of any form becomes one short line', () => {
+    fc.assert(
+      fc.property(fc.oneof(fc.string(), fc.json()), (cause) => {
+        const message = causeMessage(cause);
+        expect(message.length).toBeGreaterThan(0);
+        expect(message.length).toBeLessThanOrEqual(500);
+        expect(message).not.toContain('\n');
+      }),
+    );
+  });
+});

@@ -1,0 +1,6 @@
+/** An engine in a process of its own, for tests that kill it: prints its endpoint and runs until then. */
+import { startLocalAws } from '../../local/engine.ts';
+
+const [state = '', folder = '', containers = ''] = process.argv.slice(2);
+const aws = await startLocalAws({ state, package: folder, python: 'python3', containers });
+process.stdout.write(`${aws.endpoint}\n`);
