@@ -15,7 +15,9 @@ import { StateTable } from '../core/state.ts';
 import { attachLocalAws, type Connection, StateFolderInUse, startLocalAws } from '../local/engine.ts';
 import { ensureReady } from './commands/setup.ts';
 import { PROJECT, venvFolder, venvPython } from './paths.ts';
+import { ensureModel } from './setup/model.ts';
 import { ensurePackage } from './setup/package.ts';
+import { readyPython } from './setup/python.ts';
 import type { Screen } from './terminal.ts';
 
 const outputsSchema = z.object({
@@ -38,6 +40,8 @@ export interface Deployment {
   logs: CloudWatchLogsClient;
   state: StateTable;
   outputs: Outputs;
+  /** model.tar.gz of the reference model, where it can be built. */
+  model: string | undefined;
   /** The process that runs the local AWS, where it is another one. */
   elsewhere: number | undefined;
   /** Ends the connections, and the local AWS where this process runs it. */
@@ -54,8 +58,15 @@ const STARTING_MS = 60_000;
 
 /** Attaches to the local AWS of a state folder, else sets up what is missing and starts it; it goes on where it was. */
 export async function openDeployment(screen: Screen, options: DeploymentOptions): Promise<Deployment> {
-  const running = attachLocalAws(options.folder);
-  if (running) return connected(running, running.pid);
+  const attach = async () => {
+    const running = attachLocalAws(options.folder);
+    if (!running) return undefined;
+    const python = readyPython();
+    const model = python && (await ensureModel(screen, python));
+    return { ...connected(running, running.pid), model };
+  };
+  const attached = await attach();
+  if (attached) return attached;
   const ready = await ensureReady(screen, options);
   const start = () =>
     startLocalAws({
@@ -68,12 +79,12 @@ export async function openDeployment(screen: Screen, options: DeploymentOptions)
   for (;;) {
     try {
       const engine = await start();
-      return connected(engine, undefined, () => engine.stop());
+      return { ...connected(engine, undefined, () => engine.stop()), model: ready.model };
     } catch (error) {
       if (!(error instanceof StateFolderInUse)) throw error;
       // Another process is starting or stopping it just now.
-      const other = attachLocalAws(options.folder);
-      if (other) return connected(other, other.pid);
+      const other = await attach();
+      if (other) return other;
       if (Date.now() > deadline) throw error;
       await wait(500);
     }
@@ -117,6 +128,7 @@ function connected(
     logs,
     state: new StateTable(documents, known.StateTable),
     outputs: known,
+    model: undefined,
     elsewhere,
     close: async () => {
       for (const client of [s3, dynamodb, stepFunctions, logs]) client.destroy();

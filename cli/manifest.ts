@@ -59,16 +59,17 @@ export function withModel(bytes: Uint8Array, model: string): WithModel {
   const records = parse(body, {
     delimiter,
     info: true,
-    raw: true,
     relax_column_count: true,
     record_delimiter: ['\r\n', '\n', '\r'],
-  }) as unknown as { record: string[]; raw: string; info: Info }[];
+  }) as unknown as { record: string[]; info: Info }[];
 
   let column: number | undefined;
   let columns = 0;
   let set = 0;
   let kept = 0;
-  const lines = records.map(({ record, raw }) => {
+  const source = Buffer.from(body);
+  const lines = records.map(({ record, info }, index) => {
+    const raw = source.subarray(records[index - 1]?.info.bytes ?? 0, info.bytes).toString('utf8');
     if (record.every((field) => field.trim() === '')) return raw;
     const [, content = '', end = ''] = /^([\s\S]*?)(\r\n|\n|\r|)$/.exec(raw) ?? [];
     if (columns === 0) {

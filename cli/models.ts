@@ -6,19 +6,22 @@ import { SlidewayError } from '../core/errors.ts';
 import { modelKey } from '../core/keys.ts';
 import { readModelPackage, resolveModel } from '../core/models.ts';
 import { readObject } from '../core/store.ts';
-import { UserError, usageError } from './terminal.ts';
+import { EXIT, UserError, usageError } from './terminal.ts';
 
 export interface Registered {
   name: string;
   version: string;
-  digest: string;
-  /** False when the same package was registered before. */
+  /** False when it was registered before. */
   added: boolean;
 }
 
+/** Other content is registered under the package's name and version. */
+export class ModelVersionTaken extends UserError {}
+
 /**
  * Checks a package and puts it into the register.
- * @throws {UserError} when it is no good package, or when other content has this name and version.
+ * @throws {ModelVersionTaken}
+ * @throws {UserError} when it is no good package.
  */
 export async function registerModel(s3: S3Client, bucket: string, path: string): Promise<Registered> {
   const { model, digest } = await readModelPackage(createReadStream(path)).catch((error: unknown) => {
@@ -29,11 +32,11 @@ export async function registerModel(s3: S3Client, bucket: string, path: string):
   const existing = await readObject(s3, { bucket, key });
   if (existing) {
     const there = await readModelPackage(existing);
-    if (there.digest === digest) return { name, version, digest, added: false };
-    throw new UserError(
-      `Model ${name} ${version} is registered with other content (${there.digest.slice(0, 19)}…, this is ${digest.slice(0, 19)}…). ` +
-        'A version never changes: raise "version" in model.json.',
-      2,
+    if (there.digest === digest) return { name, version, added: false };
+    throw new ModelVersionTaken(
+      `Model ${name} ${version} is registered with other content (${there.digest.slice(0, 19)}…, ${path} is ${digest.slice(0, 19)}…). ` +
+        'A version never changes: raise "version" in its model.json.',
+      EXIT.usage,
     );
   }
   await s3.send(
@@ -46,7 +49,7 @@ export async function registerModel(s3: S3Client, bucket: string, path: string):
       IfNoneMatch: '*',
     }),
   );
-  return { name, version, digest, added: true };
+  return { name, version, added: true };
 }
 
 /**

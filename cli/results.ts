@@ -6,12 +6,12 @@ import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { GetObjectCommand, paginateListObjectsV2 } from '@aws-sdk/client-s3';
 import { forEachConcurrently } from '../core/concurrency.ts';
-import type { Plan, RunItem, SlideItem } from '../core/contracts.ts';
+import type { Aggregate, Plan, RunItem, SlideItem } from '../core/contracts.ts';
 import { reportPrefix, resultsCsvKey, runJsonKey, runPrefix, slidesPrefix } from '../core/keys.ts';
 import { IN_WORDS } from '../core/notification.ts';
 import { isProblem, outputColumns, type SlideRow, slideRow } from '../core/results.ts';
 import type { Deployment } from './deployment.ts';
-import { type Column, table } from './table.ts';
+import { type Column, type Row, table, tableWidth } from './table.ts';
 import { type Paint, UserError } from './terminal.ts';
 import { readPlan, readPlanned } from './watch.ts';
 
@@ -86,41 +86,53 @@ export async function readAnswers(deployment: Deployment, run: RunItem): Promise
   return { rows, models: plan?.models ?? [] };
 }
 
-/** Columns of numbers that a table shows beside tiles and tissue. */
-const OUTPUTS_SHOWN = 3;
+/** Aggregates in the order in which they tell most. */
+const MAIN: readonly string[] = ['mean', 'p90', 'max', 'median', 'top_k_mean', 'p10'] satisfies Aggregate[];
 
-/** The answers as a table: a line per slide and model, with numbers or with the reason why there are none. */
+/** Columns of outputs, the main ones first: predicted classes, then means, and so on. */
+function mainOutputs(models: Plan['models']): string[] {
+  const rank = (column: string) => MAIN.findIndex((aggregate) => column.startsWith(`${aggregate}_`));
+  return outputColumns(models).sort((a, b) => rank(a) - rank(b));
+}
+
+/**
+ * The answers as a table: a row per slide and model, with as many outputs as find room, and below a slide without
+ * a result the reason.
+ */
 export function resultsTable({ rows, models }: Answers, paint: Paint, width: number): string[] {
-  const shown = outputColumns(models).slice(0, OUTPUTS_SHOWN);
   const several = models.length > 1;
-  const troubled = rows.some((row) => row.reason !== null);
   const columns: Column[] = [
     { title: 'slide' },
     { title: 'state' },
     ...(several ? [{ title: 'model' }] : []),
     { title: 'tiles', align: 'right' },
     { title: 'tissue mm²', align: 'right' },
-    ...shown.map((title): Column => ({ title, align: 'right' })),
-    ...(troubled ? [{ title: 'reason' }] : []),
   ];
-  const cells = rows.flatMap((row) => {
-    const style = row.state === 'AGGREGATED' ? 'green' : isProblem(row) ? 'yellow' : 'dim';
-    const head = [row.slide, paint(style, IN_WORDS[row.state].title)];
-    const reason = troubled ? [row.reason?.message ?? ''] : [];
-    if (row.results.length === 0) {
-      return [[...head, ...Array<string>(columns.length - head.length - reason.length).fill(''), ...reason]];
-    }
-    return row.results.map((result) => [
-      ...head,
-      ...(several ? [result.model] : []),
-      result.tiles.ok.toLocaleString('en') +
-        (result.tiles.unreadable > 0 ? ` (+${result.tiles.unreadable} unreadable)` : ''),
-      result.tissueMm2.toFixed(2),
-      ...shown.map((column) => cell(result.outputs[column])),
-      ...reason,
-    ]);
-  });
-  return table(columns, cells, paint, width);
+  const withOutputs = (outputs: string[]): Row[] =>
+    rows.flatMap((row) => {
+      const style = row.state === 'AGGREGATED' ? 'green' : isProblem(row) ? 'yellow' : 'dim';
+      const head = [row.slide, paint(style, IN_WORDS[row.state].title)];
+      if (row.results.length === 0) return [{ cells: head, note: row.reason?.message }];
+      return row.results.map(({ model, tiles, tissueMm2, outputs: values }, index) => ({
+        cells: [
+          ...head,
+          ...(several ? [model] : []),
+          tiles.ok.toLocaleString('en') + (tiles.unreadable > 0 ? ` (+${tiles.unreadable} unreadable)` : ''),
+          tissueMm2.toFixed(2),
+          ...outputs.map((column) => cell(values[column])),
+        ],
+        note: index === row.results.length - 1 ? row.reason?.message : undefined,
+      }));
+    });
+  const outputs: string[] = [];
+  const right = (title: string): Column => ({ title, align: 'right' });
+  const answered = rows.some(({ results }) => results.length > 0);
+  for (const output of answered ? mainOutputs(models) : []) {
+    const more = [...outputs, output];
+    if (tableWidth([...columns, ...more.map(right)], withOutputs(more)) > width) break;
+    outputs.push(output);
+  }
+  return table([...columns, ...outputs.map(right)], withOutputs(outputs), paint, width);
 }
 
 function cell(value: number | string | null | undefined): string {

@@ -12,11 +12,24 @@ const NARROWEST = 12;
 
 const widthOf = (text: string): number => [...stripVTControlCharacters(text)].length;
 
-/** Lines of the table; the last column is wrapped so that no line is wider than `width`. */
-export function table(columns: Column[], rows: string[][], paint: Paint, width = 100): string[] {
-  const widths = columns.map(({ title }, index) =>
-    Math.max(widthOf(title), ...rows.map((row) => widthOf(row[index] ?? ''))),
+export interface Row {
+  cells: string[];
+  /** Text that stands below the row, over the table's whole width. */
+  note?: string | undefined;
+}
+
+/** Width that columns take side by side, their titles and cells being what they are. */
+export const tableWidth = (columns: Column[], rows: Row[]): number =>
+  widthsOf(columns, rows).reduce((sum, width) => sum + width + GAP.length, -GAP.length);
+
+const widthsOf = (columns: Column[], rows: Row[]): number[] =>
+  columns.map(({ title }, index) =>
+    Math.max(widthOf(title), ...rows.map(({ cells }) => widthOf(cells[index] ?? ''))),
   );
+
+/** Lines of the table. Where it is wider than `width`, its last column is wrapped. */
+export function table(columns: Column[], rows: Row[], paint: Paint, width: number): string[] {
+  const widths = widthsOf(columns, rows);
   const last = columns.length - 1;
   const before = widths.slice(0, last).reduce((sum, each) => sum + each + GAP.length, 0);
   widths[last] = Math.min(widths[last] ?? 0, Math.max(width - before, NARROWEST));
@@ -25,16 +38,19 @@ export function table(columns: Column[], rows: string[][], paint: Paint, width =
     cells
       .map((cell, index) => {
         const space = ' '.repeat(Math.max((widths[index] ?? 0) - widthOf(cell), 0));
-        if (columns[index]?.align === 'right') return `${space}${cell}`;
-        return index === last ? cell : `${cell}${space}`;
+        return columns[index]?.align === 'right' ? `${space}${cell}` : `${cell}${space}`;
       })
       .join(GAP)
       .trimEnd();
 
-  const body = rows.flatMap((row) => {
-    const [first = '', ...more] = wrap(row[last] ?? '', widths[last] ?? NARROWEST);
-    const head = row.slice(0, last);
-    return [line([...head, first]), ...more.map((text) => line([...head.map(() => ''), text]))];
+  const body = rows.flatMap(({ cells, note }) => {
+    const [first = '', ...more] = wrap(cells[last] ?? '', widths[last] ?? NARROWEST);
+    const head = cells.slice(0, last);
+    return [
+      line([...head, first]),
+      ...more.map((text) => line([...head.map(() => ''), text])),
+      ...(note ? wrap(note, Math.max(width - 2, NARROWEST)).map((text) => `  ${paint('dim', text)}`) : []),
+    ];
   });
   const title = line(columns.map((column) => column.title));
   const rule = widths.map((each) => '─'.repeat(each)).join(GAP);

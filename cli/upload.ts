@@ -3,7 +3,7 @@
  * object keeps its file's modification time (as DataSync's `file-mtime`), which with the size says whether the file
  * has changed since.
  */
-import { createReadStream } from 'node:fs';
+import { createReadStream, type Stats } from 'node:fs';
 import { readdir, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import {
@@ -34,6 +34,7 @@ export interface LocalFile {
 /** Every file below `folder`, hidden ones left out; symbolic links are followed. */
 export async function listFiles(folder: string): Promise<LocalFile[]> {
   const files: LocalFile[] = [];
+  const identity = ({ dev, ino }: Stats) => `${dev}:${ino}`;
   const walk = async (relative: string, above: string[]): Promise<void> => {
     for (const entry of await readdir(join(folder, relative), { withFileTypes: true })) {
       if (entry.name.startsWith('.')) continue;
@@ -41,13 +42,13 @@ export async function listFiles(folder: string): Promise<LocalFile[]> {
       const about = await stat(join(folder, path)).catch(() => undefined);
       if (about?.isFile()) files.push({ path, size: about.size, mtimeMs: Math.trunc(about.mtimeMs) });
       else if (about?.isDirectory()) {
-        const self = `${about.dev}:${about.ino}`;
+        const self = identity(about);
         // A link to a folder above would never end.
         if (!above.includes(self)) await walk(path, [...above, self]);
       }
     }
   };
-  await walk('', []);
+  await walk('', [identity(await stat(folder))]);
   return files.sort((a, b) => (a.path < b.path ? -1 : 1));
 }
 

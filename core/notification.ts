@@ -119,7 +119,7 @@ export function runMessage(
   }
   const outcome = total > 0 ? `, ${done} of ${total} slides` : '';
   return {
-    subject: toAscii(shorten(`Slideway: ${run.study} ${RUN_IN_WORDS[run.state]}${outcome}`, 100)),
+    subject: `Slideway: ${toAscii(run.study).slice(0, 30)} ${RUN_IN_WORDS[run.state]}${outcome}`,
     text: `${lines.join('\n')}\n`,
   };
 }

@@ -5,6 +5,7 @@
  */
 
 import { createHash } from 'node:crypto';
+
 import type { S3Client } from '@aws-sdk/client-s3';
 import { PublishCommand, type SNSClient } from '@aws-sdk/client-sns';
 import { z } from 'zod';
@@ -247,13 +248,13 @@ async function tallyOf(lines: AsyncIterable<PlannedSlide>, ends: SlideEnds): Pro
     if (row.results.length > 0) tally.inferred += 1;
     tally.counts[row.state] = (tally.counts[row.state] ?? 0) + 1;
     if (!isProblem(row)) continue;
+    const known = row.reason && tally.reasons.get(row.reason.error);
+    if (known) known.count += 1;
+    if (known && tally.problems.length >= MAX_PROBLEMS) continue;
     const problem = withoutPatientData(row, planned.metadata);
     if (tally.problems.length < MAX_PROBLEMS) tally.problems.push(problem);
-    if (problem.reason) {
-      const known = tally.reasons.get(problem.reason.error);
-      if (known) known.count += 1;
-      else tally.reasons.set(problem.reason.error, { reason: problem.reason, count: 1 });
-    }
+    if (problem.reason && !known)
+      tally.reasons.set(problem.reason.error, { reason: problem.reason, count: 1 });
   }
   return tally;
 }

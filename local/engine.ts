@@ -156,7 +156,8 @@ async function composed(options: LocalAwsOptions, state: string, stack: Stack): 
     await engine.start();
     return engine;
   } catch (error) {
-    await engine.close();
+    // Why it did not start is what counts, not what was in no state to close.
+    await engine.close().catch(() => {});
     throw error;
   }
 }

@@ -41,7 +41,8 @@ interface Signature {
   signedHeaders: string[];
   signature: string;
   timestamp: string;
-  presigned: boolean;
+  /** Presigned URLs only: milliseconds since the epoch. */
+  expiresAt?: number;
 }
 
 export class Gateway {
@@ -226,7 +227,6 @@ function readSignature(request: IncomingMessage): Signature {
       signedHeaders: signed.split(';'),
       signature,
       timestamp,
-      presigned: false,
     };
   }
   const query = new URLSearchParams(splitUrl(request)[1]);
@@ -239,19 +239,15 @@ function readSignature(request: IncomingMessage): Signature {
     );
   }
   const timestamp = query.get('X-Amz-Date') ?? '';
-  const expires = Number(query.get('X-Amz-Expires') ?? '0');
   const signedAt = Date.parse(
     timestamp.replace(/^(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z$/, '$1-$2-$3T$4:$5:$6Z'),
   );
-  if (!(signedAt + expires * 1000 > Date.now())) {
-    throw new ServiceError('AccessDenied', 'Request has expired', 403);
-  }
   return {
     ...readCredential(credential),
     signedHeaders: (query.get('X-Amz-SignedHeaders') ?? '').split(';'),
     signature: query.get('X-Amz-Signature') ?? '',
     timestamp,
-    presigned: true,
+    expiresAt: signedAt + Number(query.get('X-Amz-Expires') ?? '0') * 1000,
   };
 }
 
@@ -274,12 +270,16 @@ function verify(
   secret: string,
   body: Buffer | undefined,
 ): void {
+  if (signature.expiresAt !== undefined && !(signature.expiresAt > Date.now())) {
+    throw new ServiceError('AccessDenied', 'Request has expired', 403);
+  }
   const declared = request.headers['x-amz-content-sha256'];
   const actual = body && createHash('sha256').update(body).digest('hex');
   if (typeof declared === 'string' && actual && /^[0-9a-f]{64}$/.test(declared) && declared !== actual) {
     throw new ServiceError('InvalidSignatureException', 'The body is not the one that was signed.', 403);
   }
-  const payload = declared ?? (signature.presigned ? 'UNSIGNED-PAYLOAD' : (actual ?? 'UNSIGNED-PAYLOAD'));
+  const payload =
+    declared ?? (signature.expiresAt !== undefined ? 'UNSIGNED-PAYLOAD' : (actual ?? 'UNSIGNED-PAYLOAD'));
   const [path, query] = splitUrl(request);
   const canonical = [
     request.method,
@@ -320,7 +320,8 @@ function canonicalQuery(query: string): string {
     .map((part) => {
       const mark = part.indexOf('=');
       const [name, value] = mark < 0 ? [part, ''] : [part.slice(0, mark), part.slice(mark + 1)];
-      return [encode(decode(name)), encode(decode(value))] as const;
+      // Signers write a plus as %2B, so one that is left stands for a space.
+      return [name, value].map((text) => encode(decode(text.replaceAll('+', ' ')))) as [string, string];
     })
     .filter(([name]) => name !== 'X-Amz-Signature')
     .sort(([a, x], [b, y]) => (a === b ? order(x, y) : order(a, b)))
@@ -387,7 +388,7 @@ function answerError(
         ? undefined
         : `<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>${xml(code)}</Code><Message>${xml(message)}</Message><RequestId>${requestId}</RequestId></Error>`,
     );
-  } else if (offer?.protocol === 'query-body') {
+  } else if (offer?.protocol === 'query-body' || (offer === undefined && isForm(request))) {
     response.writeHead(status, { 'content-type': 'text/xml' });
     response.end(
       `<ErrorResponse><Error><Type>${status < 500 ? 'Sender' : 'Receiver'}</Type><Code>${xml(
@@ -403,6 +404,11 @@ function answerError(
     });
     response.end(JSON.stringify({ __type: type, message }));
   }
+}
+
+/** Whether the client speaks the query protocol, and so reads XML. */
+function isForm(request: IncomingMessage): boolean {
+  return request.headers['content-type']?.startsWith('application/x-www-form-urlencoded') ?? false;
 }
 
 /** Text as it may stand between XML tags. */

@@ -12,11 +12,10 @@ import { messageKey, runJsonKey } from '../../core/keys.ts';
 import { readJson } from '../../core/store.ts';
 import { type Deployment, openDeployment } from '../deployment.ts';
 import { findSlides, makeManifest, withModel } from '../manifest.ts';
-import { modelFor, registerModel } from '../models.ts';
+import { ModelVersionTaken, modelFor, registerModel } from '../models.ts';
 import { stateFolder } from '../paths.ts';
 import { block, Teller } from '../progress.ts';
 import { download, readAnswers, resultsTable } from '../results.ts';
-import { ensureModel } from '../setup/model.ts';
 import { bytes, duration, EXIT, plural, type Screen, UserError, usageError } from '../terminal.ts';
 import {
   changed,
@@ -85,12 +84,7 @@ export async function run(
   }
   let runId: string | undefined;
   try {
-    const registered = await registerModel(
-      deployment.s3,
-      deployment.outputs.ModelsBucket,
-      await ensureModel(screen),
-    );
-    if (registered.added) screen.print(`Registered the model ${registered.name} ${registered.version}.`);
+    await registerReference(deployment, screen);
     const found = await start(study, options, deployment, screen, signal);
     runId = found.runId;
     const ended = await follow(deployment, runId, screen, signal);
@@ -106,6 +100,21 @@ export async function run(
     return EXIT.interrupted;
   } finally {
     await deployment.close();
+  }
+}
+
+/** Puts the reference model into the register, once. */
+async function registerReference({ s3, outputs, model }: Deployment, screen: Screen): Promise<void> {
+  if (model === undefined) return;
+  try {
+    const { name, version, added } = await registerModel(s3, outputs.ModelsBucket, model);
+    if (added) screen.print(`Registered the model ${name} ${version}.`);
+  } catch (error) {
+    if (!(error instanceof ModelVersionTaken)) throw error;
+    // Its bytes depend on PyTorch's version; what is registered stays what it was.
+    screen.print(
+      screen.paint('dim', 'The reference model registered here was built with another PyTorch; it is kept.'),
+    );
   }
 }
 

@@ -26,10 +26,11 @@ export async function ensureReady(screen: Screen, { stage, test = false }: Setup
   if (!readyPython({ test })) {
     screen.print('Setting up Slideway for this machine. This is done once.');
   }
+  const python = await ensurePython(screen, { test });
   return {
-    python: await ensurePython(screen, { test }),
+    python,
     package: await ensurePackage(screen, stage),
-    model: await ensureModel(screen),
+    model: await ensureModel(screen, python),
   };
 }
 

@@ -41,13 +41,15 @@ export const showRuns = (options: ShowOptions, streams: Streams): Promise<number
     if (options.json) answer.print(JSON.stringify(runs.map(publicRun), null, 2));
     else if (runs.length === 0) answer.print('Nothing has run yet. Try: slideway demo');
     else {
-      const rows = runs.map((run) => [
-        run.runId,
-        painted(run, answer.paint),
-        localTime(run.startedAt),
-        took(run),
-        countsInWords(run.counts) || (run.reason?.message ?? ''),
-      ]);
+      const rows = runs.map((run) => ({
+        cells: [
+          run.runId,
+          painted(run, answer.paint),
+          localTime(run.startedAt),
+          took(run),
+          countsInWords(run.counts) || (run.reason?.message ?? ''),
+        ],
+      }));
       const columns = ['run', 'state', 'started', 'took', 'slides'].map((title) => ({ title }));
       for (const line of table(columns, rows, answer.paint, width)) answer.print(line);
     }

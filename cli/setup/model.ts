@@ -1,53 +1,41 @@
-/**
- * The reference model's package, built from its folder beside the container. The same sources give the same bytes
- * on every machine (fixed times, order and owner, no compression), because a model's digest is part of the record.
- */
+/** The reference model's package, which the container's own code builds; made anew when its sources change. */
 import { existsSync } from 'node:fs';
-import { mkdir, readdir, readFile, rename, writeFile } from 'node:fs/promises';
-import { join, relative } from 'node:path';
-import { buffer } from 'node:stream/consumers';
-import { gzipSync } from 'node:zlib';
-import { pack } from 'tar-stream';
+import { mkdir, rename, rm } from 'node:fs/promises';
+import { join } from 'node:path';
 import { BUILD, CONTAINER } from '../paths.ts';
-import type { Screen } from '../terminal.ts';
+import { type Screen, UserError } from '../terminal.ts';
+import { CommandFailed, command } from './command.ts';
 import { hashOf } from './package.ts';
 
-export const REFERENCE_MODEL = 'haematoxylin-area';
-const SOURCE = join(CONTAINER, 'models', REFERENCE_MODEL);
+const REFERENCE_MODEL = 'haematoxylin-area';
+const SOURCES = [join('models', REFERENCE_MODEL), join('slideway_inference', 'reference_model.py')];
 
-const packagePath = (): string =>
-  join(BUILD, 'models', `${REFERENCE_MODEL}-${hashOf(SOURCE, ['.']).slice(0, 12)}.tar.gz`);
-
-export const isModelPacked = (): boolean => existsSync(packagePath());
-
-/** Builds the reference model's package where its sources have changed; answers its path. */
-export async function ensureModel(screen: Screen): Promise<string> {
-  const path = packagePath();
+/** Builds the package where it is missing; answers the path of its model.tar.gz. */
+export async function ensureModel(screen: Screen, python: string): Promise<string> {
+  const folder = join(BUILD, 'models', `${REFERENCE_MODEL}-${hashOf(CONTAINER, SOURCES).slice(0, 12)}`);
+  const path = join(folder, 'model.tar.gz');
   if (existsSync(path)) return path;
-  await screen.task(`Building the reference model's package (${REFERENCE_MODEL})`, async () => {
-    await mkdir(join(BUILD, 'models'), { recursive: true });
-    const temporary = `${path}.${process.pid}`;
-    await writeFile(temporary, await packModel(SOURCE));
-    await rename(temporary, path);
-  });
-  return path;
-}
-
-/** A model folder as the bytes of its model.tar.gz. */
-export async function packModel(folder: string): Promise<Buffer> {
-  const entries = await readdir(folder, { recursive: true, withFileTypes: true });
-  const files = entries
-    .filter((entry) => entry.isFile())
-    .map((entry) => relative(folder, join(entry.parentPath, entry.name)))
-    .filter((name) => !/(^|\/)(__pycache__|\.)/.test(name))
-    .sort();
-  const tar = pack();
-  for (const name of files) {
-    tar.entry({ name, mode: 0o644, mtime: new Date(0), uid: 0, gid: 0 }, await readFile(join(folder, name)));
+  const made = `${folder}.${process.pid}`;
+  try {
+    await mkdir(made, { recursive: true });
+    await screen.task(`Building the reference model's package (${REFERENCE_MODEL})`, () =>
+      command(python, ['-B', '-m', 'slideway_inference.reference_model', made], {
+        env: { ...process.env, PYTHONPATH: CONTAINER },
+      }),
+    );
+    await rm(folder, { recursive: true, force: true });
+    await rename(made, folder);
+  } catch (error) {
+    if (!(error instanceof CommandFailed)) throw error;
+    throw new UserError(
+      `The reference model could not be built: ${error.tail.at(-1) ?? error.message}`,
+      undefined,
+      {
+        cause: error,
+      },
+    );
+  } finally {
+    await rm(made, { recursive: true, force: true });
   }
-  tar.finalize();
-  const packed = gzipSync(await buffer(tar as AsyncIterable<Buffer>), { level: 0 });
-  // The header's last byte names the operating system.
-  packed[9] = 255;
-  return packed;
+  return path;
 }

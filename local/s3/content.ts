@@ -9,7 +9,7 @@
 import { randomBytes } from 'node:crypto';
 import { mkdirSync } from 'node:fs';
 import { type FileHandle, mkdir, open, readdir, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { Digests } from './checksum.ts';
 
 export interface Extent {
@@ -20,6 +20,8 @@ export interface Extent {
 
 const READ_BYTES = 512 * 1024;
 const WRITE_BYTES = 1024 * 1024;
+/** Other files, such as a file manager leaves, are not touched. */
+const FILE_NAME = /^[0-9a-f]{32}$/;
 
 export class ContentDamaged extends Error {
   constructor(file: string) {
@@ -41,9 +43,10 @@ export class Content {
   /** Takes the references that the records hold, once, at start, and removes every file without one. */
   async load(extents: AsyncIterable<Extent>): Promise<void> {
     for await (const { file } of extents) this.#add(file);
-    for (const shelf of await readdir(this.#folder))
-      for (const file of await readdir(join(this.#folder, shelf)))
-        if (!this.#references.has(file)) await rm(this.#path(file), { force: true });
+    for (const path of await readdir(this.#folder, { recursive: true })) {
+      const file = basename(path);
+      if (FILE_NAME.test(file) && !this.#references.has(file)) await rm(this.#path(file), { force: true });
+    }
   }
 
   /** Holds the files of `extents` until {@link release}; false, and nothing held, when one is gone already. */

@@ -119,6 +119,8 @@ export class Multipart {
       };
     } catch (error) {
       slot?.giveBack();
+      // The upload may have ended after this part had laid out a shared file for it.
+      if (error instanceof S3Error && error.code === 'NoSuchUpload') await this.#forget(upload.id);
       throw error;
     }
   }
@@ -344,6 +346,7 @@ export class Multipart {
       if (length < MIN_PART_BYTES) return undefined;
       pending = this.#content.create().then((held) => ({ held, slotBytes: length, taken: new Set() }));
       this.#shared.set(uploadId, pending);
+      pending.catch(() => this.#shared.delete(uploadId));
     }
     const { held, slotBytes, taken } = await pending;
     const offset = (number - 1) * slotBytes;
@@ -353,9 +356,9 @@ export class Multipart {
   }
 
   async #forget(uploadId: string): Promise<void> {
-    const shared = await this.#shared.get(uploadId);
+    const shared = this.#shared.get(uploadId);
     this.#shared.delete(uploadId);
-    if (shared) this.#content.release([shared.held]);
+    if (shared) this.#content.release([(await shared).held]);
   }
 }
 

@@ -208,7 +208,7 @@ export class Objects {
     const payload = new Payload(request);
     const { TagSet } = await readXml(payload.digested(), 'Tagging', TAGGING);
     payload.prove();
-    const tags = TagSet === '' ? [] : TagSet.Tag.map(({ Key, Value }): Tag => [Key, Value]);
+    const tags = typeof TagSet === 'string' ? [] : TagSet.Tag.map(({ Key, Value }): Tag => [Key, Value]);
     return this.#setTags(request, checkTags(tags), 200);
   }
 
@@ -534,6 +534,9 @@ function parseRange(header: string | undefined, size: number): Range | undefined
 /** The metadata and tags that a request gives a new object. */
 export function describe(request: S3Request): { headers: Record<string, string>; tags: Tag[] } {
   const headers: Record<string, string> = { 'content-type': 'binary/octet-stream' };
+  const acl = request.header('x-amz-acl');
+  if (acl !== undefined && acl !== 'bucket-owner-full-control')
+    throw new S3Error('AccessControlListNotSupported', 'The bucket does not allow ACLs.', 400);
   let metadataBytes = 0;
   for (const name of Object.keys(request.http.headers)) {
     if (REFUSED_HEADERS.test(name)) throw new S3Error('NotImplemented', `${name} is not supported.`, 501);
@@ -635,7 +638,7 @@ const DELETE = z.object({
 
 const TAGGING = z.object({
   TagSet: z.union([
-    z.literal(''),
+    z.string().regex(/^\s*$/),
     z.object({ Tag: z.array(z.object({ Key: z.string(), Value: z.string() })) }),
   ]),
 });

@@ -3,14 +3,14 @@
  *
  * `<folder>/index` holds the records (LevelDB), `<folder>/content` the bytes as plain files. Bodies are streamed;
  * what was answered with success survives the kill of the process, and what was not leaves no trace after a start.
- * An operation, parameter or header that is not here is refused with NotImplemented, never ignored.
+ * An operation that is not here, and a header that would change what is kept, is refused, never ignored.
  */
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import { join } from 'node:path';
 import { Readable } from 'node:stream';
 import { finished, pipeline } from 'node:stream/promises';
 import { z } from 'zod';
-import { type Caller, type HttpService, LOCAL_REGION, ServiceError } from '../types.ts';
+import { type Caller, type HttpService, LOCAL_ACCOUNT, LOCAL_REGION, ServiceError } from '../types.ts';
 import { Content } from './content.ts';
 import { Deliveries } from './deliveries.ts';
 import { Listing } from './listing.ts';
@@ -80,6 +80,8 @@ export class S3Service implements HttpService {
       const request = new S3Request(http, caller);
       const operation = this.#operations.get(request.operation);
       if (!operation) throw new S3Error('NotImplemented', `The local S3 has no ${request.operation}.`, 501);
+      checkOwner(request, 'x-amz-expected-bucket-owner');
+      checkOwner(request, 'x-amz-source-expected-bucket-owner');
       reply = await operation(request);
     } catch (error) {
       reply = describeError(error, http);
@@ -212,6 +214,12 @@ function checkBucketName(name: string): void {
       `'${name}' is no bucket name: 3–63 lower-case letters, digits, dots and hyphens.`,
       400,
     );
+}
+
+/** All buckets here belong to one account. */
+function checkOwner(request: S3Request, header: string): void {
+  if ((request.header(header) ?? LOCAL_ACCOUNT) !== LOCAL_ACCOUNT)
+    throw new S3Error('AccessDenied', `The bucket's owner is ${LOCAL_ACCOUNT}, not the one expected.`, 403);
 }
 
 async function send(http: IncomingMessage, response: ServerResponse, reply: Reply): Promise<void> {

@@ -16,7 +16,6 @@ import {
   renameSync,
   statSync,
 } from 'node:fs';
-import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
@@ -241,30 +240,31 @@ class MapRun {
 
   async #runChildren(children: Children): Promise<void> {
     const { controller, release } = linkedController(this.#call.signal);
+    if (this.#exceeded()) controller.abort(new Interrupted('superseded'));
     const atOnce = Math.min(this.#document.maxConcurrency || CHILDREN_AT_ONCE, CHILDREN_AT_ONCE);
     const slots = new Slots(atOnce);
     const faults: unknown[] = [];
-    const items = await open(join(this.#folder, 'items.jsonl'));
     try {
       let index = -1;
-      if (!this.#exceeded()) {
-        for await (const line of items.readLines()) {
-          index += 1;
-          if (children.ended.has(index)) continue;
-          await slots.take();
-          if (controller.signal.aborted) break;
-          this.#child(children, index, line, controller)
-            .catch((error: unknown) => {
-              faults.push(error);
-              controller.abort(new Interrupted('superseded'));
-            })
-            .finally(() => slots.free());
+      for await (const line of lines(createReadStream(join(this.#folder, 'items.jsonl')))) {
+        index += 1;
+        if (children.ended.has(index)) continue;
+        await slots.take();
+        if (controller.signal.aborted) {
+          slots.free();
+          break;
         }
+        this.#child(children, index, line, controller)
+          .catch((error: unknown) => {
+            faults.push(error);
+            controller.abort(new Interrupted('superseded'));
+          })
+          .finally(() => slots.free());
       }
-      await slots.allFree();
     } finally {
+      // Children write to the journal until they have ended.
+      await slots.allFree();
       release();
-      await items.close();
     }
     this.#call.signal.throwIfAborted();
     if (faults.length > 0) throw faults[0];

@@ -119,16 +119,16 @@ export class StepFunctions implements JsonService {
     await this.#running.get(executionArn)?.done;
   }
 
-  /** Goes on with executions that were running when the process ended. */
+  /**
+   * Goes on with executions that were running when the process ended, by the definition they began with. Throws
+   * `UnsupportedLocally` when that was written by a version that knew more.
+   */
   async recover(): Promise<void> {
     for (const record of this.#records.values()) {
       if (record.status !== 'RUNNING' || this.#running.has(record.arn)) continue;
       const path = join(this.#folder, 'definitions', `${record.definitionHash}.json`);
-      const program = compile(
-        JSON.parse(readFileSync(path, 'utf8')),
-        `state machine '${record.stateMachineName}'`,
-      );
-      this.#run(record, program);
+      const definition: unknown = JSON.parse(readFileSync(path, 'utf8'));
+      this.#run(record, compile(definition, `state machine '${record.stateMachineName}'`));
     }
   }
 

@@ -1,3 +1,9 @@
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { pathToFileURL } from 'node:url';
+
+import { build } from 'esbuild';
 import { decode } from 'fast-png';
 import { describe, expect, it } from 'vitest';
 
@@ -140,6 +146,38 @@ describe('the heatmap', () => {
     const { png, image } = await draw(tiles);
     expect(Buffer.compare((await draw(tiles)).png, png)).toBe(0);
     expect(image.resolution).toEqual({ x: 500_000, y: 500_000, unit: 1 });
+  });
+});
+
+describe('in a Lambda’s bundle, with nothing beside it,', () => {
+  it('the heatmap is the same bytes', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'slideway-bundle-'));
+    try {
+      const outfile = join(folder, 'heatmap.mjs');
+      await build({
+        entryPoints: ['core/heatmap.ts'],
+        outfile,
+        bundle: true,
+        platform: 'node',
+        target: 'node24',
+        format: 'esm',
+        conditions: ['module', 'bundle'],
+        loader: { '.wasm': 'binary', '.woff2': 'binary' },
+      });
+      const bundled = (await import(pathToFileURL(outfile).href)) as { drawHeatmap: typeof drawHeatmap };
+      const input: HeatmapInput = {
+        tiles: await readTiles(tilesParquet(MODEL, [], {}), MODEL),
+        output: 'haematoxylin_area',
+        colormap: 'viridis',
+        model: MODEL,
+        slide: SLIDE,
+        footprint: 256,
+      };
+      const [ours, theirs] = await Promise.all([drawHeatmap(input), bundled.drawHeatmap(input)]);
+      expect(Buffer.compare(ours.png, theirs.png)).toBe(0);
+    } finally {
+      await rm(folder, { recursive: true });
+    }
   });
 });
 

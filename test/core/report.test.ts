@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 
 import type { HeatmapGeometry } from '../../core/contracts.ts';
 import { costOf } from '../../core/cost.ts';
-import { reportPages, SLIDES_PER_PAGE } from '../../core/report.ts';
+import { type ReportPage, reportPages, SLIDES_PER_PAGE } from '../../core/report.ts';
 import { isProblem, type RunHead, type SlideRow } from '../../core/results.ts';
 import { MODEL, planned, RUN } from '../support/results.ts';
 
@@ -52,12 +52,14 @@ function headOf(rows: SlideRow[], change: Partial<RunHead> = {}): RunHead {
   };
 }
 
-async function render(rows: SlideRow[], change?: Partial<RunHead>) {
+async function render(rows: SlideRow[], change?: Partial<RunHead>): Promise<ReportPage[]> {
   async function* problemsFirst() {
     yield* rows.filter(isProblem);
     yield* rows.filter((row) => !isProblem(row));
   }
-  return Array.fromAsync(reportPages(headOf(rows, change), problemsFirst()));
+  const pages: ReportPage[] = [];
+  for await (const page of reportPages(headOf(rows, change), problemsFirst())) pages.push(page);
+  return pages;
 }
 const first = async (rows: SlideRow[], change?: Partial<RunHead>) =>
   (await render(rows, change))[0]?.html ?? '';

@@ -30,7 +30,11 @@ const row = (change: Partial<SlideRow> = {}): SlideRow => ({
 async function* stream<T>(values: T[]): AsyncGenerator<T> {
   yield* values;
 }
-const textOf = async (chunks: AsyncIterable<string>) => (await Array.fromAsync(chunks)).join('');
+async function textOf(chunks: AsyncIterable<string>): Promise<string> {
+  let text = '';
+  for await (const chunk of chunks) text += chunk;
+  return text;
+}
 
 describe('the state of a slide at the end of its run', () => {
   it('is that of its item', () => {

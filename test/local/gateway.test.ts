@@ -7,6 +7,14 @@ import type { Credentials } from '../../local/iam.ts';
 import { type Caller, type HttpService, type JsonService, ServiceError } from '../../local/types.ts';
 import { iamWith, serve } from './kit.ts';
 
+/** What the SDK's signer also does. */
+interface Presigner {
+  presign(
+    request: object,
+    options: { expiresIn: number; signingDate: Date },
+  ): Promise<{ path: string; query: Record<string, string> }>;
+}
+
 const WORKER = 'arn:aws:iam::000000000000:role/worker';
 const seen: { method?: string; url?: string; caller: string; bytes: number }[] = [];
 
@@ -67,6 +75,34 @@ describe('a signed request', () => {
     },
   );
 
+  it('may be presigned, until it expires', async () => {
+    const client = new S3Client(options(worker));
+    const presign = async (signedSecondsAgo: number, expiresIn: number) => {
+      const signer = (await client.config.signer()) as unknown as Presigner;
+      const { hostname, port } = new URL(gateway.endpoint);
+      const { path, query } = await signer.presign(
+        {
+          method: 'GET',
+          protocol: 'http:',
+          hostname,
+          port: Number(port),
+          path: '/landing/with%20space/%C3%A4.svs',
+          query: { 'response-content-type': 'a b/c' },
+          headers: { host: `${hostname}:${port}`, 'x-amz-content-sha256': 'UNSIGNED-PAYLOAD' },
+        },
+        { expiresIn, signingDate: new Date(Date.now() - signedSecondsAgo * 1000) },
+      );
+      return `${gateway.endpoint}${path}?${new URLSearchParams(query)}`;
+    };
+    const url = await presign(0, 60);
+    expect((await fetch(url)).status).toBe(200);
+    expect(seen.at(-1)).toMatchObject({ method: 'GET', caller: WORKER });
+    expect((await fetch(url.replace('space', 'other'))).status).toBe(403);
+    const late = await fetch(await presign(120, 60));
+    expect(late.status).toBe(403);
+    expect(await late.text()).toContain('expired');
+  });
+
   it('with another secret is refused', async () => {
     const forged = { ...worker, secretAccessKey: 'guess' };
     await expect(new SFNClient(options(forged)).send(start)).rejects.toMatchObject({
@@ -92,7 +128,9 @@ describe('a signed request', () => {
     client.middlewareStack.add(
       (next) => (args) => {
         const request = args.request as { body: Uint8Array | string; headers: Record<string, string> };
-        request.body = Buffer.concat([request.body as Uint8Array]).toString().replace('machine', 'another');
+        request.body = Buffer.concat([request.body as Uint8Array])
+          .toString()
+          .replace('machine', 'another');
         request.headers['content-length'] = String(request.body.length);
         return next(args);
       },

@@ -34,7 +34,11 @@ afterEach(() => rm(root, { recursive: true }));
 async function startChild(): Promise<{ child: ChildProcess; client: S3Client }> {
   const script = new URL('./s3-crash-child.ts', import.meta.url).pathname;
   const child = spawn(process.execPath, [script, folder, log], { stdio: ['ignore', 'pipe', 'inherit'] });
-  const [endpoint] = (await once(createInterface({ input: child.stdout }), 'line')) as [string];
+  const died = once(child, 'exit').then(() => Promise.reject(new Error('the child did not start')));
+  const [endpoint] = (await Promise.race([once(createInterface({ input: child.stdout }), 'line'), died])) as [
+    string,
+  ];
+  died.catch(() => {});
   const credentials = { accessKeyId: 'test', secretAccessKey: 'test' };
   const client = new S3Client({ endpoint, region: 'us-east-1', credentials, maxAttempts: 1 });
   return { child, client };
@@ -135,7 +139,7 @@ it('tells again of an event whose listener failed, without a restart and after o
 it('removes what a crash left before any request is served', async () => {
   const s3 = await startS3(folder);
   await s3.close();
-  const leftover = join(folder, 'content', 'ab', 'abcdef');
+  const leftover = join(folder, 'content', 'ab', 'ab'.repeat(16));
   await mkdir(join(folder, 'content', 'ab'), { recursive: true });
   await writeFile(leftover, 'partial');
   const next = await startS3(folder);

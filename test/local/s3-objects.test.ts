@@ -130,6 +130,11 @@ describe('buckets', () => {
     expect(answer.status).toBe(501);
     expect(answer.body).toContain('GET bucket ?lifecycle');
     expect((await send('PUT', `/${PLAIN}/x`, { 'x-amz-object-lock-mode': 'COMPLIANCE' })).status).toBe(501);
+    expect(await refusal(put('x', 'x', { ACL: 'public-read' }))).toEqual([
+      'AccessControlListNotSupported',
+      400,
+    ]);
+    expect(await refusal(get('x', { ExpectedBucketOwner: '111111111111' }))).toEqual(['AccessDenied', 403]);
   });
 });
 
@@ -276,6 +281,51 @@ describe('an object', () => {
     expect(
       await refusal(client.send(new PutObjectTaggingCommand({ ...where, Tagging: { TagSet: twice } }))),
     ).toEqual(['InvalidTag', 400]);
+  });
+});
+
+describe('a client', () => {
+  const files = async () =>
+    (await readdir(join(folder, 'content'), { withFileTypes: true, recursive: true })).filter((one) =>
+      one.isFile(),
+    ).length;
+
+  it('that goes away in the middle of a put leaves nothing', async () => {
+    const before = await files();
+    const upload = httpRequest(`${s3.endpoint}/${PLAIN}/half`, {
+      method: 'PUT',
+      headers: { 'content-length': 8_000_000 },
+    });
+    upload.on('error', () => {});
+    upload.write(randomBytes(4_000_000));
+    await expect.poll(files).toBe(before + 1);
+    upload.destroy();
+    await expect.poll(files).toBe(before);
+    expect(await refusal(get('half'))).toEqual(['NoSuchKey', 404]);
+  });
+
+  it('that goes away in the middle of a get does not hold the content', async () => {
+    await put('large', randomBytes(20_000_000));
+    const before = await files();
+    await new Promise<void>((resolve) => {
+      httpRequest(`${s3.endpoint}/${PLAIN}/large`, (response) => {
+        response.once('data', () => {
+          response.destroy();
+          resolve();
+        });
+      }).end();
+    });
+    await client.send(new DeleteObjectCommand({ Bucket: PLAIN, Key: 'large' }));
+    await expect.poll(files).toBe(before - 1);
+  });
+
+  it('that reads while the object is replaced gets the whole of what it asked for', async () => {
+    const old = randomBytes(20_000_000);
+    await put('replaced-while-read', old);
+    const { Body } = await get('replaced-while-read');
+    await put('replaced-while-read', 'new');
+    expect(Buffer.from((await Body?.transformToByteArray()) ?? []).equals(old)).toBe(true);
+    expect(await text('replaced-while-read')).toBe('new');
   });
 });
 

@@ -180,12 +180,13 @@ export type Host = Awaited<ReturnType<typeof startHost>>;
 export interface ProgramOptions {
   folder: string;
   definition: unknown;
+  input: unknown;
   kill?: { effect: string; count: number } | { poll: number } | { s3: string } | { afterMs: number };
 }
 
 export const effectsFile = (folder: string) => join(folder, 'effects.txt');
 
-async function main({ folder, definition, kill }: ProgramOptions): Promise<void> {
+async function main({ folder, definition, input, kill }: ProgramOptions): Promise<void> {
   const die = () => process.kill(process.pid, 'SIGKILL');
   const counts = new Map<string, number>();
   const effect = (kind: string, name: string) => {
@@ -234,7 +235,7 @@ async function main({ folder, definition, kill }: ProgramOptions): Promise<void>
     new StartExecutionCommand({
       stateMachineArn: machineArn('slide-run'),
       name: 'one',
-      input: '{"run":"r1"}',
+      input: JSON.stringify(input),
     }),
   );
   const outcome = await host.outcome(executionArn);

@@ -8,10 +8,11 @@ import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { PROJECT, venvFolder, venvPython } from '../../cli/paths.ts';
+import { packageFolder } from '../../cli/setup/package.ts';
 import { loadPackage } from '../../local/template.ts';
 import type { Definition, Template } from './rules.ts';
 
-const FOLDER = resolve(process.env.SLIDEWAY_PACKAGE || join(PROJECT, '.serverless'));
+const FOLDER = resolve(process.env.SLIDEWAY_PACKAGE || packageFolder('dev'));
 const TEMPLATE = join(FOLDER, 'cloudformation-template-update-stack.json');
 
 const CFN_LINT = join(venvFolder(), 'bin', 'cfn-lint');

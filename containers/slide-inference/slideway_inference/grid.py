@@ -40,7 +40,12 @@ class TileGeometry:
 
 
 def plan_tiles(
-    levels: Sequence[Level], mpp: tuple[float, float], px: int, tile_mpp: float, overlap: int, tolerance: float
+    levels: Sequence[Level],
+    mpp: tuple[float, float],
+    px: int,
+    tile_mpp: float,
+    overlap: int,
+    tolerance: float,
 ) -> TileGeometry:
     """`mpp` is the slide's µm per pixel at level 0 in x and y; `tile_mpp` the model's."""
 
@@ -81,5 +86,8 @@ def grid_axis(length: int, footprint: float, stride: float) -> npt.NDArray[np.in
     """Starts of the tiles wholly inside 0…length: round(i × stride), from the product, so errors never add up."""
     if footprint > length:
         return np.zeros(0, np.int64)
-    starts = np.floor(np.arange(int((length - footprint) / stride) + 2) * stride + 0.5).astype(np.int64)
-    return starts[starts + footprint <= length + 1e-6]
+    starts: npt.NDArray[np.int64] = np.floor(
+        np.arange(int((length - footprint) / stride) + 2) * stride + 0.5
+    ).astype(np.int64)
+    inside: npt.NDArray[np.int64] = starts[starts + footprint <= length + 1e-6]
+    return inside

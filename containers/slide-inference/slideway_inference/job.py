@@ -17,7 +17,7 @@ from pathlib import Path
 from slideway_inference.contracts import Shard, parse_shard
 from slideway_inference.errors import JobFailed, ShardInvalid, Stopped
 from slideway_inference.log import Log
-from slideway_inference.model import load_predictors, open_package
+from slideway_inference.model import Predictor, load_predictors, open_package
 from slideway_inference.pipeline import Pipeline, Tally, processors
 from slideway_inference.store import Store
 
@@ -83,8 +83,8 @@ def _work(root: Path, shards: Sequence[Shard], log: Log, stop: threading.Event, 
         archive = root / "processing/input/model/model.tar.gz"
         model, weights = open_package(archive, shards[0].model, scratch)
         cores = processors()
-        predictors = load_predictors(model, weights, cpu_threads=max(1, cores // 2))
-        readers = int(os.environ.get("SLIDEWAY_READERS", 0)) or max(1, cores - len(predictors))
+        predictors = load_predictors(model, weights, cpu_threads=max(1, cores - 1))
+        readers = int(os.environ.get("SLIDEWAY_READERS", 0)) or readers_for(cores, predictors)
         log.event("model-loaded", version=model.version, device=predictors[0].device_name, devices=len(predictors))
         pipeline = Pipeline(
             store=Store(),
@@ -98,6 +98,11 @@ def _work(root: Path, shards: Sequence[Shard], log: Log, stop: threading.Event, 
             tally=tally,
         )
         pipeline.run(shards)
+
+
+def readers_for(cores: int, predictors: Sequence[Predictor]) -> int:
+    """Readers only wait when the model is slower, so there is one per processor, but for those that feed GPUs."""
+    return max(1, cores - sum(predictor.on_gpu for predictor in predictors))
 
 
 def _job_name(root: Path) -> str:

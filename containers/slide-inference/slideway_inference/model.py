@@ -18,7 +18,12 @@ import numpy.typing as npt
 import torch
 
 from slideway_inference.contracts import ModelRef
-from slideway_inference.errors import ModelDigestMismatch, ModelError, ModelFormatNotSupported, ModelPackageInvalid
+from slideway_inference.errors import (
+    ModelDigestMismatch,
+    ModelError,
+    ModelFormatNotSupported,
+    ModelPackageInvalid,
+)
 
 _JSON_LIMIT = 1 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -182,7 +187,9 @@ def open_package(archive: Path, ref: ModelRef, folder: Path) -> tuple[ModelSpec,
     if spec.mode != "processing":
         raise ModelFormatNotSupported(f"The mode {spec.mode} is not run by this job: set mode to processing.")
     if weights is None:
-        other = "model.onnx" if "model.onnx" in names else "code/inference.py" if "code/inference.py" in names else ""
+        other = (
+            "model.onnx" if "model.onnx" in names else "code/inference.py" if "code/inference.py" in names else ""
+        )
         if other:
             raise ModelFormatNotSupported(f"{other} is not run yet: export the model as TorchScript, model.pt.")
         raise ModelPackageInvalid("model.tar.gz holds no model.pt.")
@@ -242,8 +249,12 @@ class Predictor:
         return torch.tensor(values).reshape(shape).to(self._device)
 
     @property
+    def on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    @property
     def device_name(self) -> str:
-        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        return str(torch.cuda.get_device_name(self._device)) if self.on_gpu else "cpu"
 
     def run(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Tiles (n, px, px, 3) to outputs (n, outputs), float32. Raises ModelError."""
@@ -262,7 +273,7 @@ class Predictor:
         return cast(npt.NDArray[np.float32], values)
 
     def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast("cuda", torch.float16) if self._device.type == "cuda" else nullcontext()
+        return torch.autocast("cuda", torch.float16) if self.on_gpu else nullcontext()
 
     def _forward(self, tiles: torch.Tensor) -> object:
         try:
@@ -292,8 +303,6 @@ def _first_line(error: Exception) -> str:
 def load_predictors(spec: ModelSpec, weights: Path, cpu_threads: int) -> list[Predictor]:
     """One replica per GPU, or one on the CPU with `cpu_threads` threads."""
     if torch.cuda.is_available():
-        return [
-            Predictor(spec, weights, torch.device("cuda", index)) for index in range(torch.cuda.device_count())
-        ]
+        return [Predictor(spec, weights, torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
     torch.set_num_threads(cpu_threads)
     return [Predictor(spec, weights, torch.device("cpu"))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,8 @@ class OpenSlideReader(SlideReader):
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideUnopenable(f"OpenSlide cannot open it: {error}.") from error
         if hasattr(openslide, "OpenSlideCache"):
-            try:
+            with suppress(openslide.OpenSlideError):  # the library is older than its Python package, before 4.0
                 slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
-            except openslide.OpenSlideError:
-                pass  # the library is older than its Python package, before 4.0
         return slide
 
     def read_region(self, level: int, x: int, y: int, width: int, height: int) -> Region:
@@ -81,7 +80,9 @@ class OpenSlideReader(SlideReader):
 
     def _reopen(self) -> None:
         if self._reopening > _REOPEN_SECONDS:
-            raise SlideUnreadable(f"So much of it cannot be read that {_REOPEN_SECONDS:.0f} s went on opening it anew.")
+            raise SlideUnreadable(
+                f"So much of it cannot be read that {_REOPEN_SECONDS:.0f} s went on opening it anew."
+            )
         started = time.monotonic()
         self._slide.close()
         self._slide = self._open()

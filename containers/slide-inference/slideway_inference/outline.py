@@ -40,17 +40,17 @@ class Piece:
 
 
 def pieces_of(mask: Bool) -> list[Piece]:
-    """The connected pieces of a mask (h, w), in the order of their topmost, then leftmost pixel."""
+    """The connected pieces of a mask (h, w), by their topmost, then leftmost pixel."""
     height, width = mask.shape
     columns = width + 2
     padded = np.zeros((height + 2, columns), np.bool_)
     padded[1:-1, 1:-1] = mask
     # An edge is its start corner × 4 + direction (0 east, 1 south, 2 west, 3 north); corner (y, x) is y·columns + x.
     starts = []
-    for direction, (dy, dx, cy, cx) in enumerate(((-1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, -1, 1, 0))):
+    for side, (dy, dx, cy, cx) in enumerate(((-1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, -1, 1, 0))):
         neighbour = np.roll(padded, (-dy, -dx), (0, 1))
         ys, xs = np.nonzero(padded & ~neighbour)
-        starts.append(((ys + cy) * columns + xs + cx) * 4 + direction)
+        starts.append(((ys + cy) * columns + xs + cx) * 4 + side)
     edges = np.sort(np.concatenate(starts).astype(np.int64))
     if not len(edges):
         return []

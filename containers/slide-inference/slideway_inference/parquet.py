@@ -33,9 +33,7 @@ def write_parquet(columns: Mapping[str, Column], metadata: Mapping[str, str]) ->
         arrays.append(pyarrow.array(column, kind))
     schema = pyarrow.schema(fields, metadata=dict(sorted(metadata.items())))
     target = io.BytesIO()
-    parquet.write_table(
-        pyarrow.Table.from_arrays(arrays, schema=schema), target, compression="zstd", store_schema=False
-    )
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), target, compression="zstd")
     return target.getvalue()
 
 
@@ -47,8 +45,8 @@ def write_plain(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> b
     chunks = []
     for name, column in columns.items():
         kind = _kind(column)
-        element = [(1, _i32(kind)), (3, _i32(0)), (4, name)]
-        schema.append(_struct(*element, *([(6, _i32(0))] if kind == _BYTE_ARRAY else [])))
+        text: list[_Field] = [(6, _i32(0))] if kind == _BYTE_ARRAY else []
+        schema.append(_struct((1, _i32(kind)), (3, _i32(0)), (4, name), *text))
         start = len(out)
         for first in range(0, max(rows, 1), _PAGE_ROWS):
             part = column[first : first + _PAGE_ROWS]
@@ -69,7 +67,9 @@ def write_plain(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> b
         )
         chunks.append((_struct((2, _i64(start)), (3, details)), size))
     group = _struct(
-        (1, _list(12, [chunk for chunk, _ in chunks])), (2, _i64(sum(size for _, size in chunks))), (3, _i64(rows))
+        (1, _list(12, [chunk for chunk, _ in chunks])),
+        (2, _i64(sum(size for _, size in chunks))),
+        (3, _i64(rows)),
     )
     pairs = [_struct((1, key), (2, value)) for key, value in sorted(metadata.items())]
     footer = _struct(
@@ -99,9 +99,10 @@ def _plain(column: Column) -> bytes:
 # Thrift's compact protocol, as far as Parquet's footer needs it. A field is (id, value): text, or (type, bytes).
 
 _Typed = tuple[int, bytes]
+_Field = tuple[int, str | bytes | _Typed]
 
 
-def _struct(*fields: tuple[int, str | bytes | _Typed]) -> bytes:
+def _struct(*fields: _Field) -> bytes:
     """Bytes alone are a nested struct."""
     out, last = bytearray(), 0
     for identifier, value in fields:

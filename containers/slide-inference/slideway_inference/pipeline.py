@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -111,7 +112,9 @@ class Pipeline:
         self._job_name = job_name
         self._log = log
         self._stop = stop
-        self._device = f"{len(predictors)} × {predictors[0].device_name}" if len(predictors) > 1 else predictors[0].device_name
+        self._device = (
+            f"{len(predictors)} × {predictors[0].device_name}" if len(predictors) > 1 else predictors[0].device_name
+        )
         self._batch = max(1, min(model.batch, _SLOT_BYTES // (model.px**2 * 3)))
         slots = 2 * (readers + len(predictors))
         self._arena = Arena(slots, self._batch * model.px**2 * 3, scratch)
@@ -133,12 +136,9 @@ class Pipeline:
 
     def run(self, shards: Sequence[Shard]) -> None:
         """Works through all slides. Raises Stopped when told to stop."""
-        prepare = self._thread("prepare", lambda: self._prepare_all(shards))
-        read = [self._thread(f"read-{i}", lambda reader=reader: self._read(reader)) for i, reader in enumerate(self._readers)]
-        infer = [
-            self._thread(f"infer-{i}", lambda predictor=predictor: self._infer(predictor))
-            for i, predictor in enumerate(self._predictors)
-        ]
+        prepare = self._thread("prepare", self._prepare_all, shards)
+        read = [self._thread(f"read-{i}", self._read, reader) for i, reader in enumerate(self._readers)]
+        infer = [self._thread(f"infer-{i}", self._infer, model) for i, model in enumerate(self._predictors)]
         write = self._thread("write", self._write_all)
         _join([prepare, *read])
         for _ in infer:
@@ -155,10 +155,10 @@ class Pipeline:
         if self._stop.is_set():
             raise Stopped("The job was told to stop.")
 
-    def _thread(self, name: str, body: Callable[[], None]) -> threading.Thread:
+    def _thread(self, name: str, body: Callable[..., None], *args: object) -> threading.Thread:
         def guarded() -> None:
             try:
-                body()
+                body(*args)
             except Stopped:
                 pass
             except BaseException as error:  # a fault of the pipeline itself: stop everything and tell
@@ -325,10 +325,8 @@ class Pipeline:
             return _Batch(work, start, stop, slot)
 
     def _release(self, reader: ReaderProcess) -> None:
-        try:
+        with suppress(SlideUnreadable):  # the process died on closing; the next request starts another
             reader.release()
-        except SlideUnreadable:
-            pass  # the process died on closing; the next request starts another
 
     def _has_read(self, work: _Work, count: int) -> None:
         with self._lock:
@@ -405,7 +403,11 @@ class Pipeline:
                         f"None of its {len(work.readable)} tiles with tissue can be read: scan or copy the file again."
                     )
                 tiles = tiles_parquet(shard, slide, self._model, survey, work.readable, work.values)
-                files = {"tiles.parquet": tiles, "tissue.geojson": survey.geojson, "thumbnail.jpg": survey.thumbnail}
+                files = {
+                    "tiles.parquet": tiles,
+                    "tissue.geojson": survey.geojson,
+                    "thumbnail.jpg": survey.thumbnail,
+                }
                 write_results(self._store, shard, slide, files, work.requests)
         except Exception as error:
             self._fail(work, error)

@@ -178,16 +178,17 @@ def levels_of(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
 
 
 def open_slide(path: Path) -> SlideReader:
-    """Opens a slide with the reader that knows it: OpenSlide, else the plain TIFF reader for what OpenSlide does
-    not take for a slide. Raises SlideUnopenable."""
+    """Opens a slide with the reader that knows it: OpenSlide, else, for a file that is called a TIFF, the plain TIFF
+    reader. Other formats can be TIFFs inside whose first page is the label. Raises SlideUnopenable."""
     from slideway_inference.openslide_reader import NotASlide, OpenSlideReader
     from slideway_inference.tiff_reader import TiffReader
 
     try:
         return OpenSlideReader(path)
     except NotASlide as error:
+        if path.suffix.lower() not in (".tif", ".tiff"):
+            raise
         try:
             return TiffReader(path)
         except SlideUnopenable as reason:
             raise SlideUnopenable(f"{error} {reason}") from reason
-

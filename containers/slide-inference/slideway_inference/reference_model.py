@@ -27,7 +27,7 @@ _SOURCE = Path(__file__).resolve().parents[1] / "models/haematoxylin-area/model.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-class HaematoxylinArea(torch.nn.Module):
+class HaematoxylinArea(torch.nn.Module):  # type: ignore[misc]
     """(n, 3, h, w) in 0…1 to (n, 1): the fraction of pixels with haematoxylin above the threshold.
 
     Sums channel by channel rather than by a matrix product, which mixed precision would round to 16 bits."""
@@ -61,9 +61,10 @@ def model_bytes() -> bytes:
 def package_bytes() -> bytes:
     """model.tar.gz: model.json, which is read first, then model.pt."""
     raw = io.BytesIO()
-    with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed, tarfile.open(
-        fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT
-    ) as tar:
+    with (
+        gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for name, data in (("model.json", _SOURCE.read_bytes()), ("model.pt", model_bytes())):
             member = tarfile.TarInfo(name)
             member.size = len(data)

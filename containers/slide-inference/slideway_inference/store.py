@@ -154,7 +154,9 @@ def _with_retries(get: Callable[[], bytes], stop: threading.Event) -> bytes:
 
 def _reason(error: ClientError) -> str:
     details = error.response.get("Error", {})
-    return f"{details.get('Code', 'unknown')}, HTTP {error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')}"
+    return (
+        f"{details.get('Code', 'unknown')}, HTTP {error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')}"
+    )
 
 
 def layout(slide: ShardSlide) -> dict[str, PurePosixPath]:

@@ -65,16 +65,20 @@ def survey(slide: SlideReader, request: SurveyRequest) -> Survey:
     """Raises MppMissing, MppImplausible, SlideUnreadable."""
     started = time.monotonic()
     mpp, source = resolve_mpp(request.mpp, request.mpp_source, slide.mpp)
-    geometry = plan_tiles(
-        slide.levels, mpp, request.px, request.tile_mpp, request.overlap, request.mpp_tolerance
+    geometry = plan_tiles(slide.levels, mpp, request.px, request.tile_mpp, request.overlap, request.mpp_tolerance)
+    shrink = max(
+        1.0,
+        slide.width * mpp[0] / TISSUE_MPP / _OVERVIEW_LIMIT,
+        slide.height * mpp[1] / TISSUE_MPP / _OVERVIEW_LIMIT,
     )
-    shrink = max(1.0, slide.width * mpp[0] / TISSUE_MPP / _OVERVIEW_LIMIT, slide.height * mpp[1] / TISSUE_MPP / _OVERVIEW_LIMIT)
     overview = slide.overview(
         max(1, min(slide.width, round(slide.width * mpp[0] / TISSUE_MPP / shrink))),
         max(1, min(slide.height, round(slide.height * mpp[1] / TISSUE_MPP / shrink))),
     )
     if overview.unreadable.all():
-        raise SlideUnreadable("It opens, but none of its pixels can be read: the file is damaged; scan or copy it again.")
+        raise SlideUnreadable(
+            "It opens, but none of its pixels can be read: the file is damaged; scan or copy it again."
+        )
     tissue = find_tissue(overview, (slide.width, slide.height), mpp)
 
     xs = grid_axis(slide.width, geometry.footprint_x, geometry.stride_x)

@@ -54,7 +54,9 @@ class Tissue:
         total = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
         total[1:, 1:] = (self.mask | self.doubtful).cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
 
-        def between(table: npt.NDArray[np.float64], starts: npt.NDArray[np.float64], length: float) -> npt.NDArray[np.float64]:
+        def between(
+            table: npt.NDArray[np.float64], starts: npt.NDArray[np.float64], length: float
+        ) -> npt.NDArray[np.float64]:
             return _interpolate(table, starts + length) - _interpolate(table, starts)
 
         height, width = footprint[1] / self.scale_y, footprint[0] / self.scale_x
@@ -68,7 +70,8 @@ def _interpolate(table: npt.NDArray[np.float64], at: npt.NDArray[np.float64]) ->
     at = np.clip(at, 0, table.shape[0] - 1)
     low = np.minimum(at.astype(np.intp), table.shape[0] - 2)
     share = (at - low)[:, None]
-    return table[low] * (1 - share) + table[low + 1] * share
+    between: npt.NDArray[np.float64] = table[low] * (1 - share) + table[low + 1] * share
+    return between
 
 
 def find_tissue(overview: Overview, size: tuple[int, int], mpp: tuple[float, float]) -> Tissue:
@@ -105,7 +108,10 @@ def _stained(overview: Overview) -> Bool:
     counted = scanned & ~ink
     coloured = saturation > _threshold(saturation[counted], 1.0, _SATURATION)
     dense = density > _threshold(density[counted], 1.5, _DENSITY)
-    return ((coloured & (density > _DENSITY[0])) | (dense & (saturation > _SATURATION[0])) | (density > _DARK)) & counted
+    pale = coloured & (density > _DENSITY[0])
+    deep = dense & (saturation > _SATURATION[0])
+    stained: Bool = (pale | deep | (density > _DARK)) & counted
+    return stained
 
 
 def _threshold(values: F32, top: float, bounds: tuple[float, float]) -> float:
@@ -126,16 +132,19 @@ def _ink(rgb: F32, high: F32, saturation: F32) -> Bool:
     (haematoxylin is 230–290°, eosin 310–350°, DAB 15–40°)."""
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     chroma = np.maximum(saturation * high, 1e-3)
-    hue = np.where(
-        high == red,
-        ((green - blue) / chroma) % 6,
-        np.where(high == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
-    ) * 60
+    hue = (
+        np.where(
+            high == red,
+            ((green - blue) / chroma) % 6,
+            np.where(high == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+        )
+        * 60
+    )
     ink = np.zeros(saturation.shape, np.bool_)
     rules = (
         ((185, 238), 0.60, (175, 245), 0.20, 0),
         ((75, 185), 0.35, (70, 195), 0.10, 0),
-        ((-12, 12), 0.80, (-18, 18), 0.40, 120),
+        ((-12, 12), 0.80, (-12, 18), 0.20, 120),
     )
     for core_hue, core_saturation, rim_hue, rim_saturation, least in rules:
         core = _within(hue, core_hue) & (saturation > core_saturation) & (high > least)
@@ -164,7 +173,9 @@ def _grow(core: Bool, into: Bool) -> Bool:
 
 
 def _majority(mask: Bool) -> Bool:
-    return _box_mean(mask, 2) >= 0.38
+    """Smooths without moving borders; thin strands stay, scattered pixels go."""
+    share = _box_mean(mask, 2)
+    return (share >= 0.45) | (mask & (share >= 0.3))
 
 
 def _box_mean(mask: Bool, radius: int) -> F32:

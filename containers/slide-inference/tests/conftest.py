@@ -64,13 +64,20 @@ class Job:
         """Puts a file, or a folder of which the first file is opened, into Bronze and on the shard."""
         prefix = f"slides/study/{slide_id}/"
         files = []
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in filter(Path.is_file, found):
             key = prefix + (str(file.relative_to(path.parent)) if path.is_dir() else file.name)
             data = file.read_bytes()
             self.s3.versions["bronze", key, "v1"] = data
             files.append({"key": key, "versionId": "v1", "size": len(data), "checksum": "crc64nvme:AAAAAAAAAAA="})
         size = sum(file["size"] for file in files)
-        bronze = {"bucket": "bronze", "key": files[0]["key"], "files": files, "size": size, "checksum": f"sum-{slide_id}"}
+        bronze = {
+            "bucket": "bronze",
+            "key": files[0]["key"],
+            "files": files,
+            "size": size,
+            "checksum": f"sum-{slide_id}",
+        }
         self.slides.append({"slideId": slide_id, "slide": path.name, "bronze": bronze, **changes})
 
     def run(self, shards: list[list[dict[str, Any]]] | None = None, wait: bool = True, **changes: Any) -> Any:  # noqa: ANN401
@@ -134,20 +141,15 @@ class Job:
         return marker
 
     def tiles(self, slide_id: str) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = pq.read_table(io.BytesIO(self.output(slide_id, "tiles.parquet"))).to_pydict()
+        columns: dict[str, list[Any]] = pq.read_table(
+            io.BytesIO(self.output(slide_id, "tiles.parquet"))
+        ).to_pydict()
         return columns
 
 
 @pytest.fixture(scope="session")
 def reference_package() -> bytes:
     return package_bytes()
-
-
-@pytest.fixture(scope="session")
-def session_s3() -> Iterator[S3]:
-    s3 = S3()
-    yield s3
-    s3.close()
 
 
 @pytest.fixture

@@ -81,7 +81,10 @@ def script(module: torch.nn.Module) -> bytes:
 
 def package(files: dict[str, bytes], link: str | None = None) -> bytes:
     raw = io.BytesIO()
-    with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
+    with (
+        gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)

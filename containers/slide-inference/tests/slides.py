@@ -44,9 +44,7 @@ def pen(image: U8, colour: str, x: int, y: int, width: int, height: int) -> U8:
     return image
 
 
-def save(
-    path: Path, image: U8, mpp: tuple[float, float] | float | None, downsamples: tuple[int, ...] = ()
-) -> Path:
+def save(path: Path, image: U8, mpp: tuple[float, float] | float | None, downsamples: tuple[int, ...] = ()) -> Path:
     """Writes level 0 and reduced levels."""
     mpp_x, mpp_y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     resolution = (1e4 / mpp_x, 1e4 / mpp_y) if mpp_x and mpp_y else None

@@ -17,7 +17,12 @@ from conftest import CONTAINER, REAL_SLIDES, needs_real_slides
 from skimage.color import rgb_from_hed, separate_stains
 
 from slideway_inference.contracts import ModelRef
-from slideway_inference.errors import ModelDigestMismatch, ModelError, ModelFormatNotSupported, ModelPackageInvalid
+from slideway_inference.errors import (
+    ModelDigestMismatch,
+    ModelError,
+    ModelFormatNotSupported,
+    ModelPackageInvalid,
+)
 from slideway_inference.model import ModelSpec, Predictor, open_package, parse_model
 from slideway_inference.reader import open_slide
 from slideway_inference.reference_model import THRESHOLD, package_bytes
@@ -54,7 +59,9 @@ def predictor(package: bytes, folder: Path, **changes: str) -> Predictor:
         ({"heatmap": {"output": "other"}}, "heatmap.output must be one of outputs"),
     ],
 )
-def test_a_model_json_that_breaks_the_contract_is_refused_with_the_field(changes: dict[str, Any], said: str) -> None:
+def test_a_model_json_that_breaks_the_contract_is_refused_with_the_field(
+    changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ModelPackageInvalid, match=said):
         parse_model(json.dumps(packages.document(**changes)))
 
@@ -112,7 +119,11 @@ def test_layout_range_mean_and_std_are_the_models(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "said"),
-    [(packages.WrongShape(), r"shape \(2, 1\), not \(2, 7\)"), (packages.NotFinite(), "not finite"), (packages.RefusesDark(), "too dark for me")],
+    [
+        (packages.WrongShape(), r"shape \(2, 1\), not \(2, 7\)"),
+        (packages.NotFinite(), "not finite"),
+        (packages.RefusesDark(), "too dark for me"),
+    ],
 )
 def test_a_model_that_breaks_its_contract_is_told_so(module: torch.nn.Module, said: str, tmp_path: Path) -> None:
     model = predictor(packages.model_package(module), tmp_path)
@@ -137,7 +148,9 @@ def test_haematoxylin_area_of_flat_colours_is_all_or_nothing(tmp_path: Path, ref
 
 
 @needs_real_slides
-def test_haematoxylin_area_of_every_tile_of_a_real_slide_is_scikit_images(tmp_path: Path, reference_package: bytes) -> None:
+def test_haematoxylin_area_of_every_tile_of_a_real_slide_is_scikit_images(
+    tmp_path: Path, reference_package: bytes
+) -> None:
     model = predictor(reference_package, tmp_path, name="haematoxylin-area", version="1.0.0")
     with open_slide(REAL_SLIDES / "CMU-1-Small-Region.svs") as slide:
         tiles = np.stack(

@@ -71,7 +71,9 @@ def test_plain_tiffs_are_read_tile_by_tile_or_strip_by_strip(
 ) -> None:
     image = np.random.default_rng(1).integers(0, 256, (150, 170, 3), dtype=np.uint8)
     path = tmp_path / "plain.tif"
-    tifffile.imwrite(path, image, photometric="rgb", compression=compression, tile=tile, rowsperstrip=None if tile else 32)
+    tifffile.imwrite(
+        path, image, photometric="rgb", compression=compression, tile=tile, rowsperstrip=None if tile else 32
+    )
     with TiffReader(path) as slide:
         assert np.array_equal(slide.read_region(0, 30, 20, 130, 120).rgb, image[20:140, 30:160])
 

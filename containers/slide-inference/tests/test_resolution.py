@@ -17,7 +17,7 @@ def test_manifest_and_catalogue_go_before_the_file() -> None:
 
 
 def test_without_any_the_message_says_what_to_do() -> None:
-    with pytest.raises(MppMissing, match="`mpp`.*in the manifest"):
+    with pytest.raises(MppMissing, match=r"`mpp`.*in the manifest"):
         resolve_mpp(None, None, None)
 
 

@@ -13,7 +13,13 @@ from slideway_inference.reader import levels_of, open_slide
 from slideway_inference.resample import area_resample
 
 
-def plan(sizes: list[tuple[int, int]], mpp: tuple[float, float], px: int = 256, tile_mpp: float = 0.5, overlap: int = 0) -> TileGeometry:
+def plan(
+    sizes: list[tuple[int, int]],
+    mpp: tuple[float, float],
+    px: int = 256,
+    tile_mpp: float = 0.5,
+    overlap: int = 0,
+) -> TileGeometry:
     return plan_tiles(levels_of(sizes), mpp, px, tile_mpp, overlap, 0.02)
 
 

@@ -1,0 +1,106 @@
+/**
+ * `npm test`: everything that must hold, in one go, counted. Sets up what is missing, packages the deployment, then
+ * runs the checkers, the container's tests and the TypeScript tests; each checker counts as one test.
+ *
+ * Prints as its last line `N passed, N failed, N skipped`; exits 1 when anything failed.
+ */
+import { spawn } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { CONTAINER, PROJECT } from '../cli/paths.ts';
+import { ensurePackage } from '../cli/setup/package.ts';
+import { ensurePython } from '../cli/setup/python.ts';
+import { Screen } from '../cli/terminal.ts';
+
+interface Counts {
+  passed: number;
+  failed: number;
+  skipped: number;
+}
+
+const reports = mkdtempSync(join(tmpdir(), 'slideway-reports-'));
+const total: Counts = { passed: 0, failed: 0, skipped: 0 };
+
+function run(program: string, args: string[], cwd = PROJECT): Promise<number> {
+  process.stdout.write(`\n> ${[program, ...args].join(' ').replaceAll(`${PROJECT}/`, '')}\n`);
+  return new Promise((resolve, reject) => {
+    spawn(program, args, { cwd, stdio: ['ignore', 'inherit', 'inherit'] })
+      .on('error', reject)
+      .on('close', (code) => resolve(code ?? 1));
+  });
+}
+
+function add({ passed, failed, skipped }: Counts): void {
+  total.passed += passed;
+  total.failed += failed;
+  total.skipped += skipped;
+}
+
+async function checker(program: string, args: string[], cwd?: string): Promise<void> {
+  const code = await run(program, args, cwd);
+  add({ passed: code === 0 ? 1 : 0, failed: code === 0 ? 0 : 1, skipped: 0 });
+}
+
+/** Adds what a test runner reports; a runner that reports nothing, or fails beyond its tests, is a failure. */
+async function runner(
+  program: string,
+  args: string[],
+  report: string,
+  count: (text: string) => Counts,
+  cwd?: string,
+): Promise<void> {
+  const code = await run(program, args, cwd);
+  let counts: Counts;
+  try {
+    counts = count(readFileSync(report, 'utf8'));
+  } catch {
+    counts = { passed: 0, failed: 0, skipped: 0 };
+  }
+  const nothing = counts.passed + counts.failed === 0;
+  if (nothing || (code !== 0 && counts.failed === 0)) counts.failed += 1;
+  add(counts);
+}
+
+function countVitest(text: string): Counts {
+  const { numPassedTests, numFailedTests, numPendingTests, numTodoTests } = JSON.parse(text) as Record<
+    string,
+    number
+  >;
+  return {
+    passed: numPassedTests ?? 0,
+    failed: numFailedTests ?? 0,
+    skipped: (numPendingTests ?? 0) + (numTodoTests ?? 0),
+  };
+}
+
+function countJunit(text: string): Counts {
+  const suite = /<testsuite [^>]*>/.exec(text)?.[0] ?? '';
+  const number = (name: string) => Number(new RegExp(` ${name}="(\\d+)"`).exec(suite)?.[1] ?? 0);
+  const failed = number('failures') + number('errors');
+  const skipped = number('skipped');
+  return { passed: number('tests') - failed - skipped, failed, skipped };
+}
+
+try {
+  const screen = new Screen(process.stdout);
+  const python = await ensurePython(screen, { test: true });
+  await ensurePackage(screen, 'dev');
+  await checker('tsc', ['--noEmit']);
+  await checker('biome', ['check', '.']);
+  await checker(python, ['-m', 'ruff', 'check', '.'], CONTAINER);
+  await checker(python, ['-m', 'ruff', 'format', '--check', '.'], CONTAINER);
+  const junit = join(reports, 'pytest.xml');
+  await runner(python, ['-m', 'pytest', '-q', `--junitxml=${junit}`], junit, countJunit, CONTAINER);
+  const vitest = join(reports, 'vitest.json');
+  const reporters = ['--reporter=default', '--reporter=json', `--outputFile.json=${vitest}`];
+  await runner('vitest', ['run', ...reporters], vitest, countVitest);
+} catch (error) {
+  process.stdout.write(`\n${(error as Error).message}\n`);
+  total.failed += 1;
+} finally {
+  rmSync(reports, { recursive: true, force: true });
+}
+
+process.stdout.write(`\n${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped\n`);
+process.exitCode = total.failed > 0 ? 1 : 0;
