@@ -1,9 +1,12 @@
-/** The `slideway` command: options and help, and what a person sees when something goes wrong. */
+/**
+ * The `slideway` command: options and help, and what a person sees when something goes wrong. Each command is loaded
+ * when it is called, so that help and a setup that is done answer at once.
+ */
 import { Command, CommanderError, InvalidArgumentError } from 'commander';
-import { demo } from './commands/demo.ts';
-import { run, type Streams } from './commands/run.ts';
-import { setup } from './commands/setup.ts';
-import { showRun, showRuns } from './commands/show.ts';
+import type { DemoOptions } from './commands/demo.ts';
+import type { RunOptions, Streams } from './commands/run.ts';
+import type { SetupOptions } from './commands/setup.ts';
+import type { ShowOptions } from './commands/show.ts';
 import { projectVersion } from './paths.ts';
 import { EXIT, Screen, UserError } from './terminal.ts';
 
@@ -90,7 +93,8 @@ PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS. SLIDEWAY_VENV names another 
 Example:
   SLIDEWAY_VENV=/scratch/slideway-venv slideway setup`,
     )
-    .action(async (options: { stage: string; test?: boolean }) => {
+    .action(async (options: SetupOptions) => {
+      const { setup } = await import('./commands/setup.ts');
       await setup(new Screen(process.stdout), options);
       end(EXIT.succeeded);
     });
@@ -107,7 +111,8 @@ Example:
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
     .addHelpText('after', '\nExample:\n  slideway demo --slides 2 --size 4096x4096 --out /tmp/demo')
-    .action(async (options: Parameters<typeof demo>[0] & Common) => {
+    .action(async (options: DemoOptions & Common) => {
+      const { demo } = await import('./commands/demo.ts');
       end(await demo(options, streams(options), signal));
     });
 
@@ -134,7 +139,8 @@ Examples:
   slideway run /data/breast-2026/repo.csv --model haematoxylin-area@1.0.0 --out results
   slideway run /data/breast-2026 --json --quiet | jq .run.state`,
     )
-    .action(async (given: string, options: Parameters<typeof run>[1] & Common) => {
+    .action(async (given: string, options: RunOptions & Common) => {
+      const { run } = await import('./commands/run.ts');
       end(await run(given, options, streams(options), signal));
     });
 
@@ -145,7 +151,8 @@ Examples:
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
     .option('--json', 'answer with JSON')
     .addHelpText('after', '\nExample:\n  slideway runs --json | jq -r .[].runId')
-    .action(async (options: Parameters<typeof showRuns>[0]) => {
+    .action(async (options: ShowOptions) => {
+      const { showRuns } = await import('./commands/show.ts');
       end(await showRuns(options, streams({})));
     });
 
@@ -157,7 +164,8 @@ Examples:
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
     .option('--json', 'answer with JSON')
     .addHelpText('after', '\nExample:\n  slideway show demo-1f')
-    .action(async (id: string, options: Parameters<typeof showRun>[1]) => {
+    .action(async (id: string, options: ShowOptions) => {
+      const { showRun } = await import('./commands/show.ts');
       end(await showRun(id, options, streams({})));
     });
   return command;

@@ -22,7 +22,7 @@ import {
   type TypeName,
 } from './resources.ts';
 import { S3Service } from './s3/service.ts';
-import { SageMaker } from './sagemaker/service.ts';
+import { SageMaker, type SageMakerOptions } from './sagemaker/service.ts';
 import { type Message, Sns } from './sns.ts';
 import { StepFunctions } from './stepfunctions/service.ts';
 import { loadPackage, type Stack } from './template.ts';
@@ -52,6 +52,8 @@ export interface LocalAwsOptions {
   timeScale?: number;
   /** False: unfinished executions, jobs and events are left as they are, for who only looks. Default true. */
   resume?: boolean;
+  /** Faults of jobs to act out, for rehearsing what AWS does at its worst. Default: none. */
+  faults?: SageMakerOptions['faults'];
   /** Told each message that would be mailed. */
   onMessage?(message: Message): void;
 }
@@ -219,6 +221,7 @@ class Engine {
         containers: (imageUri) => this.#container(imageUri),
         python: options.python,
         executor: options.executor ?? 'auto',
+        ...(options.faults === undefined ? {} : { faults: options.faults }),
       }),
       stepFunctions: new StepFunctions({
         folder: folder('executions'),

@@ -51,6 +51,8 @@ export interface PythonOptions {
   /** With what the container's tests need. */
   test?: boolean;
   env?: NodeJS.ProcessEnv;
+  /** Pythons to choose from, the best first. */
+  interpreters?: string[];
 }
 
 /** What an environment is made from; another hash means that it has to be made anew. */
@@ -93,7 +95,7 @@ export function readyPython({ test = false, env = process.env }: PythonOptions =
 export async function ensurePython(screen: Screen, options: PythonOptions = {}): Promise<string> {
   const ready = readyPython(options);
   if (ready) return ready;
-  const { test = false, env = process.env } = options;
+  const { test = false, env = process.env, interpreters = INTERPRETERS } = options;
   const folder = venvFolder(env);
   const python = venvPython(folder);
   const before = readMarker(folder);
@@ -101,7 +103,7 @@ export async function ensurePython(screen: Screen, options: PythonOptions = {}):
     return adopt(screen, folder, test, env);
   }
 
-  const interpreter = await findInterpreter(env);
+  const interpreter = await findInterpreter(interpreters, env);
   // Asking for less than was there before would break what needed it.
   const wanted: Marker = {
     complete: false,
@@ -154,9 +156,9 @@ async function adopt(screen: Screen, folder: string, test: boolean, env: NodeJS.
   return python;
 }
 
-async function findInterpreter(env: NodeJS.ProcessEnv): Promise<string> {
+async function findInterpreter(interpreters: string[], env: NodeJS.ProcessEnv): Promise<string> {
   const old: string[] = [];
-  for (const candidate of INTERPRETERS) {
+  for (const candidate of interpreters) {
     const version = await versionOf(candidate, env);
     if (!version) continue;
     const [major = 0, minor = 0] = version;

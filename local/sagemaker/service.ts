@@ -17,7 +17,8 @@ import {
 } from './executors.ts';
 import { endSession } from './processes.ts';
 import { type InstanceRecord, type JobRecord, JobRecords, type JobStatus } from './records.ts';
-import { checkProcessingJob, processingJobArn, type Tag, validate } from './requests.ts';
+import { checkProcessingJob, processingJobArn, type Tag } from './requests.ts';
+import { type ServiceModel, serviceModel } from './service-model.ts';
 import { ClientError, dropInputs, exitMessage, hostsOf, layOut, uploadOutputs } from './volume.ts';
 
 export const PROCESSING_LOG_GROUP = '/aws/sagemaker/ProcessingJobs';
@@ -38,7 +39,7 @@ export interface SageMakerOptions {
   logs: Logs;
   /** The folder of an image's Dockerfile and code. Throws {@link ServiceError} when there is no such image. */
   containers: (imageUri: string) => { folder: string };
-  /** Interpreter of the container's environment. */
+  /** Interpreter of the container's environment, whose botocore also says what requests must be. */
   python: string;
   executor: 'process' | 'docker' | 'auto';
   /** How many instances run at once; a job of more runs alone. Default 2. */
@@ -149,7 +150,7 @@ export class SageMaker implements JsonService {
   // --- operations ---------------------------------------------------------------------------------------------
 
   async #create(input: unknown, caller: Caller) {
-    checkProcessingJob(input);
+    checkProcessingJob(input, await this.#model());
     const { ProcessingJobName: name, RoleArn: role, Tags: tags = [] } = input;
     const arn = processingJobArn(name);
     caller.authorize('sagemaker:CreateProcessingJob', arn);
@@ -184,6 +185,11 @@ export class SageMaker implements JsonService {
     return { ProcessingJobArn: arn };
   }
 
+  /** Asked for with each request, so that there is no cost before the first one. */
+  #model(): Promise<ServiceModel> {
+    return serviceModel(this.#options.python);
+  }
+
   #job(name: string): JobRecord {
     const job = this.#records.get(name);
     if (!job) throw new ServiceError('ResourceNotFound', `Could not find requested job with name: ${name}`);
@@ -191,7 +197,7 @@ export class SageMaker implements JsonService {
   }
 
   async #describe(input: { ProcessingJobName: string }, caller: Caller) {
-    validate('DescribeProcessingJob', input);
+    (await this.#model()).validate('DescribeProcessingJob', input);
     caller.authorize('sagemaker:DescribeProcessingJob', processingJobArn(input.ProcessingJobName));
     const job = this.#job(input.ProcessingJobName);
     const { Tags: _tags, ...request } = job.request;
@@ -211,7 +217,7 @@ export class SageMaker implements JsonService {
   }
 
   async #list(input: ListInput, caller: Caller) {
-    validate('ListProcessingJobs', input);
+    (await this.#model()).validate('ListProcessingJobs', input);
     caller.authorize('sagemaker:ListProcessingJobs', '*');
     const after = (limit: number | undefined, time: number) => limit === undefined || time > limit;
     const before = (limit: number | undefined, time: number) => limit === undefined || time < limit;
@@ -252,7 +258,7 @@ export class SageMaker implements JsonService {
   }
 
   async #stop(input: { ProcessingJobName: string }, caller: Caller) {
-    validate('StopProcessingJob', input);
+    (await this.#model()).validate('StopProcessingJob', input);
     caller.authorize('sagemaker:StopProcessingJob', processingJobArn(input.ProcessingJobName));
     const job = this.#job(input.ProcessingJobName);
     if (job.status === 'Stopping') return {};
@@ -281,7 +287,7 @@ export class SageMaker implements JsonService {
   }
 
   async #addTags(input: { ResourceArn: string; Tags: Tag[] }, caller: Caller) {
-    validate('AddTags', input);
+    (await this.#model()).validate('AddTags', input);
     caller.authorize('sagemaker:AddTags', input.ResourceArn);
     const job = this.#tagged(input.ResourceArn);
     const tags = new Map([...job.tags, ...input.Tags].map((tag) => [tag.Key, tag]));
@@ -296,7 +302,7 @@ export class SageMaker implements JsonService {
   }
 
   async #listTags(input: { ResourceArn: string }, caller: Caller) {
-    validate('ListTags', input);
+    (await this.#model()).validate('ListTags', input);
     caller.authorize('sagemaker:ListTags', input.ResourceArn);
     return { Tags: this.#tagged(input.ResourceArn).tags };
   }

@@ -26,8 +26,19 @@ import { LOCAL_REGION } from '../types.ts';
 import type { DistributedMapStep, ItemReader, ResultWriter } from './definition.ts';
 import { asFailure, Interrupted, payloadSize, StateError } from './errors.ts';
 import { NO_HISTORY } from './history.ts';
-import { type Entry, Journal, LineLog, learn, readLines, stableUuid, writeDocument } from './journal.ts';
-import { type Frame, linkedController, noTally, type Tally, Walk } from './walk.ts';
+import {
+  addTally,
+  type Entry,
+  Journal,
+  LineLog,
+  learn,
+  noTally,
+  readLines,
+  stableUuid,
+  type Tally,
+  writeDocument,
+} from './journal.ts';
+import { type Frame, linkedController, Walk } from './walk.ts';
 
 type Fields = Record<string, unknown>;
 
@@ -43,6 +54,8 @@ export interface MapCall {
   context: Fields;
   frame: Frame;
   signal: AbortSignal;
+  /** Counts what the children count, as the frame's does with all else. */
+  tally: Tally;
 }
 
 type ChildStatus = 'SUCCEEDED' | 'FAILED' | 'TIMED_OUT' | 'ABORTED';
@@ -62,25 +75,20 @@ interface Ended {
 
 type ChildLine = { child: number } & ({ ended: Ended } | (Entry & { key: string }));
 
+/** The run's identity, the same after a restart. */
+export function mapRun({ step, key, frame }: MapCall): { arn: string; uuid: string } {
+  const uuid = stableUuid(`${frame.arn} ${key}`);
+  return {
+    arn: `${frame.stateMachine.Id.replace(':stateMachine:', ':mapRun:')}/${step.label}:${uuid}`,
+    uuid,
+  };
+}
+
 /** Runs the map to its end. Resolves with the state's result. */
-export async function runDistributedMap(
-  call: MapCall,
-  record: (type: string, details: Fields) => void,
-): Promise<unknown> {
+export function runDistributedMap(call: MapCall): Promise<unknown> {
   const run = new MapRun(call);
-  call.frame.onMapRun({ mapRunArn: run.arn, describe: () => run.describe() });
-  record('MapRunStarted', { mapRunStartedEventDetails: { mapRunArn: run.arn } });
-  try {
-    const result = await run.toEnd();
-    record('MapRunSucceeded', {});
-    return result;
-  } catch (error) {
-    const failure = asFailure(error);
-    if (failure instanceof StateError) {
-      record('MapRunFailed', { mapRunFailedEventDetails: { error: failure.name, cause: failure.message } });
-    }
-    throw failure;
-  }
+  call.frame.onMapRun({ mapRunArn: mapRun(call).arn, describe: () => run.describe() });
+  return run.toEnd();
 }
 
 /** What is written to run.json; times in epoch seconds, as on the wire. */
@@ -113,7 +121,7 @@ const COUNT_OF: Record<ChildStatus, 'succeeded' | 'failed' | 'timedOut' | 'abort
 };
 
 class MapRun {
-  readonly arn: string;
+  readonly #arn: string;
   readonly #call: MapCall;
   readonly #uuid: string;
   readonly #folder: string;
@@ -127,16 +135,14 @@ class MapRun {
   constructor(call: MapCall) {
     const { frame, step } = call;
     this.#call = call;
-    this.#uuid = stableUuid(`${frame.arn} ${call.key}`);
+    ({ arn: this.#arn, uuid: this.#uuid } = mapRun(call));
     this.#folder = join(frame.folder, 'maps', this.#uuid);
-    const machine = frame.stateMachine.Id;
-    this.arn = `${machine.replace(':stateMachine:', ':mapRun:')}/${step.label}:${this.#uuid}`;
     const path = join(this.#folder, 'run.json');
     const before = existsSync(path) ? (JSON.parse(readFileSync(path, 'utf8')) as RunDocument) : undefined;
     this.#document = {
-      mapRunArn: this.arn,
+      mapRunArn: this.#arn,
       executionArn: frame.arn,
-      stateMachineArn: `${machine}/${step.label}`,
+      stateMachineArn: `${frame.stateMachine.Id}/${step.label}`,
       status: 'RUNNING',
       startDate: before?.startDate ?? Date.now() / 1000,
       maxConcurrency: 0,
@@ -350,10 +356,8 @@ class MapRun {
 
   #count({ status, tally }: Ended): void {
     this.#document.itemCounts[COUNT_OF[status]] += 1;
-    const total = this.#call.frame.tally;
-    total.standard += tally.standard;
-    total.express += tally.express;
-    total.largest = Math.max(total.largest, tally.largest);
+    addTally(this.#call.tally, tally);
+    addTally(this.#call.frame.tally, tally);
   }
 
   #exceeded(): boolean {
@@ -420,7 +424,7 @@ class MapRun {
         await put(name, createReadStream(path));
         files[group]?.push({ Key: `${base}${name}`, Size: size });
       }
-      const manifest = { DestinationBucket: bucket, MapRunArn: this.arn, ResultFiles: files };
+      const manifest = { DestinationBucket: bucket, MapRunArn: this.#arn, ResultFiles: files };
       await put('manifest.json', JSON.stringify(manifest));
     } catch (error) {
       throw new StateError('States.ResultWriterFailed', readable(error));
@@ -429,7 +433,7 @@ class MapRun {
     }
     const counts = this.#document.itemCounts;
     counts.resultsWritten = counts.succeeded + counts.failed + counts.timedOut + counts.aborted;
-    return { MapRunArn: this.arn, ResultWriterDetails: { Bucket: bucket, Key: `${base}manifest.json` } };
+    return { MapRunArn: this.#arn, ResultWriterDetails: { Bucket: bucket, Key: `${base}manifest.json` } };
   }
 
   *#results(writer: ResultWriter, holds: (status: ChildStatus) => boolean): Generator<unknown> {

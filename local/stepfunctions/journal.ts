@@ -58,6 +58,24 @@ export class LineLog {
   }
 }
 
+/** What is counted along the way, children included. */
+export interface Tally {
+  /** State transitions that AWS charges: Standard executions, retries included. */
+  standard: number;
+  /** Those of EXPRESS children, charged by duration instead. */
+  express: number;
+  /** Bytes of the largest input or output of a state. */
+  largest: number;
+}
+
+export const noTally = (): Tally => ({ standard: 0, express: 0, largest: 0 });
+
+export function addTally(to: Tally, { standard, express, largest }: Tally): void {
+  to.standard += standard;
+  to.express += express;
+  to.largest = Math.max(to.largest, largest);
+}
+
 /** What the journal knows of one attempt of a task, or of one pause. */
 export interface Entry {
   /** Fingerprint of the input; an outcome for another input is not taken. */
@@ -67,6 +85,8 @@ export interface Entry {
   /** Present (with null for nothing) when the attempt succeeded. */
   output?: unknown;
   failure?: { error: string; cause: string };
+  /** What the children of a Distributed Map counted, to be counted again when its outcome is taken. */
+  tally?: Tally;
   /** End of a pause, epoch milliseconds. */
   until?: number;
 }

@@ -13,8 +13,8 @@ import { compile, type Program } from './definition.ts';
 import { asFailure, Interrupted, PAYLOAD_LIMIT, StateError } from './errors.ts';
 import { History, historyPage } from './history.ts';
 import { delay, type Services } from './integrations.ts';
-import { fingerprint, openJournal, writeDocument } from './journal.ts';
-import { type Frame, linkedController, noTally, type Tally, Walk } from './walk.ts';
+import { fingerprint, noTally, openJournal, type Tally, writeDocument } from './journal.ts';
+import { type Frame, linkedController, Walk } from './walk.ts';
 
 export interface StepFunctionsOptions extends Omit<Services, 'timeScale'> {
   folder: string;

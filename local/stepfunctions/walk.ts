@@ -6,6 +6,7 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { LOCAL_REGION } from '../types.ts';
 import {
+  type DistributedMapStep,
   type LibraryValue,
   libraryFailure,
   type MapStep,
@@ -16,29 +17,17 @@ import {
   type TaskStep,
   type WaitStep,
 } from './definition.ts';
-import { runDistributedMap } from './distributed-map.ts';
+import { mapRun, runDistributedMap } from './distributed-map.ts';
 import { asFailure, Interrupted, matches, payloadSize, StateError } from './errors.ts';
 import type { Recorder } from './history.ts';
 import { delay, integrationOf, type Services } from './integrations.ts';
-import { fingerprint, type Journal } from './journal.ts';
+import { addTally, type Entry, fingerprint, type Journal, noTally, type Tally } from './journal.ts';
 
 /** AWS ends an execution at this many events. */
 const EVENT_LIMIT = 25_000;
 /** AWS: iterations of an inline Map at once. */
 const INLINE_CONCURRENCY = 40;
 const MAX_INTERVAL_SECONDS = 31_622_400;
-
-/** What is counted along the way, children included. */
-export interface Tally {
-  /** State transitions that AWS charges: Standard executions, retries included. */
-  standard: number;
-  /** Those of EXPRESS children, charged by duration instead. */
-  express: number;
-  /** Bytes of the largest input or output of a state. */
-  largest: number;
-}
-
-export const noTally = (): Tally => ({ standard: 0, express: 0, largest: 0 });
 
 /** The execution that walks belong to: the root, or a child of a Distributed Map. */
 export interface Frame {
@@ -207,7 +196,7 @@ export class Walk {
         retried[index] = before + 1;
         await this.#pause(
           `${key}:retry`,
-          Date.now() + interval(retrier, before) * this.#frame.services.timeScale,
+          Date.now() + intervalMs(retrier, before) * this.#frame.services.timeScale,
         );
         this.#transition();
       }
@@ -225,12 +214,7 @@ export class Walk {
       case 'parallel':
         return this.#parallel(step, key, input);
       case 'distributed':
-        return this.#journaled(key, input, () =>
-          runDistributedMap(
-            { step, key, input, context: this.#context, frame: this.#frame, signal: this.#signal },
-            (type, details) => this.#record(type, details),
-          ),
-        );
+        return this.#distributedMap(step, key, input);
     }
   }
 
@@ -238,28 +222,24 @@ export class Walk {
   async #journaled(
     key: string,
     input: unknown,
-    work: (begunAt: number | undefined, begin: () => number) => Promise<unknown>,
+    work: (begunAt: number | undefined, begin: () => void) => Promise<unknown>,
+    tally?: Tally,
   ): Promise<unknown> {
     const { journal } = this.#frame;
     const print = fingerprint(input);
     const entry = journal.take(key);
     const known = entry?.input === print ? entry : undefined;
+    if (known?.tally) addTally(this.#frame.tally, known.tally);
     if (known?.failure) throw new StateError(known.failure.error, known.failure.cause);
     if (known && 'output' in known) return known.output;
-    const begin = () => {
-      const begun = Date.now();
-      journal.put(key, { input: print, begun });
-      return begun;
-    };
+    const put = (entry: Entry) => journal.put(key, { input: print, ...entry, ...(tally ? { tally } : {}) });
     try {
-      const output = (await work(known?.begun, begin)) ?? null;
-      journal.put(key, { input: print, output });
+      const output = (await work(known?.begun, () => put({ begun: Date.now() }))) ?? null;
+      put({ output });
       return output;
     } catch (error) {
       const failure = asFailure(error);
-      if (failure instanceof StateError) {
-        journal.put(key, { input: print, failure: { error: failure.name, cause: failure.message } });
-      }
+      if (failure instanceof StateError) put({ failure: { error: failure.name, cause: failure.message } });
       throw failure;
     }
   }
@@ -383,6 +363,33 @@ export class Walk {
     return output;
   }
 
+  async #distributedMap(step: DistributedMapStep, key: string, input: unknown): Promise<unknown> {
+    const tally = noTally();
+    const call = {
+      step,
+      key,
+      input,
+      context: this.#context,
+      frame: this.#frame,
+      signal: this.#signal,
+      tally,
+    };
+    this.#record('MapRunStarted', { mapRunStartedEventDetails: { mapRunArn: mapRun(call).arn } });
+    try {
+      const output = await this.#journaled(key, input, () => runDistributedMap(call), tally);
+      this.#record('MapRunSucceeded', {});
+      return output;
+    } catch (error) {
+      const failure = asFailure(error);
+      if (failure instanceof StateError) {
+        this.#record('MapRunFailed', {
+          mapRunFailedEventDetails: { error: failure.name, cause: failure.message },
+        });
+      }
+      throw failure;
+    }
+  }
+
   /** Runs walks side by side; the first that fails ends the others, and none is begun after it. */
   async #together(
     count: number,
@@ -414,9 +421,9 @@ export class Walk {
 
 const WHOLE = { truncated: false };
 
-/** Seconds before the next retry, `before` being those already made. */
-function interval(retrier: Retrier, before: number): number {
+/** Milliseconds before the next retry, `before` being those already made. */
+function intervalMs(retrier: Retrier, before: number): number {
   const grown = (retrier.IntervalSeconds ?? 1) * (retrier.BackoffRate ?? 2) ** before;
   const seconds = Math.min(grown, retrier.MaxDelaySeconds ?? MAX_INTERVAL_SECONDS);
-  return retrier.JitterStrategy === 'FULL' ? Math.random() * seconds : seconds;
+  return (retrier.JitterStrategy === 'FULL' ? Math.random() : 1) * seconds * 1000;
 }

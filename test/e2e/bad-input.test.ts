@@ -1,16 +1,15 @@
 /** What people drop by mistake: each has its named error on record, and the rest goes on. */
 import { execFileSync } from 'node:child_process';
-import { mkdirSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { buffer } from 'node:stream/consumers';
 import { gzipSync } from 'node:zlib';
 import { pack } from 'tar-stream';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT, venvFolder, venvPython } from '../../cli/paths.ts';
-import { readSummary, states, Workplace } from './support.ts';
+
+import { drawSlide, python, readSummary, states, Workplace } from './support.ts';
 
 const work = new Workplace();
-const python = venvPython(venvFolder());
 
 async function archive(files: Record<string, string | Buffer>): Promise<Buffer> {
   const tar = pack();
@@ -43,24 +42,23 @@ class Raises(torch.nn.Module):
 torch.jit.script(Raises()).save(sys.argv[1])
 `;
 
-let slide = '';
+const slide = work.path('made.tiff');
 
-beforeAll(() => {
-  mkdirSync(work.path('made'));
-  execFileSync(
-    python,
-    [join(PROJECT, 'containers/slide-inference/demo/make_slides.py'), '--out', work.path('made'), '--size', '1024x1024', '--slides', '1'],
-    { stdio: 'pipe' },
-  );
-  slide = execFileSync('ls', [work.path('made')], { encoding: 'utf8' }).split('\n').find((name) => name.endsWith('.tiff')) ?? '';
-  slide = work.path('made', slide);
-}, 120_000);
+beforeAll(() => drawSlide(slide), 120_000);
 afterAll(() => work.remove());
 
 let runs = 0;
 async function run(name: string, files: Parameters<Workplace['study']>[1], ...more: string[]) {
   const out = work.path(`out-${runs++}`);
-  const ended = await work.slideway('run', work.study(name, files), '--state', work.path('state'), '--out', out, ...more);
+  const ended = await work.slideway(
+    'run',
+    work.study(name, files),
+    '--state',
+    work.path('state'),
+    '--out',
+    out,
+    ...more,
+  );
   return { ...ended, out };
 }
 
@@ -69,18 +67,25 @@ describe('a file that is no manifest fails the run with its reason', () => {
     ['empty', '', /empty/],
     ['binary', Buffer.from([0x49, 0x49, 0x2a, 0, 8, 0, 0, 0]), /binary/],
     ['without a slide column', 'name,mpp\nx.svs,0.5\n', /no column `slide`/],
-  ])('%s', async (name, manifest, message) => {
-    const { code, out, stderr } = await run(name, { 'repo.csv': manifest });
-    expect(code, stderr).toBe(1);
-    const summary = readSummary(out);
-    expect(summary).toMatchObject({ state: 'FAILED', reason: { error: 'ManifestInvalid' }, slides: [] });
-    expect(summary.reason?.message).toMatch(message);
-    expect(readFileSync(join(out, 'report/index.html'), 'utf8')).toContain('FAILED');
-  }, 60_000);
+  ])(
+    '%s',
+    async (name, manifest, message) => {
+      const { code, out, stderr } = await run(name, { 'repo.csv': manifest });
+      expect(code, stderr).toBe(1);
+      const summary = readSummary(out);
+      expect(summary).toMatchObject({ state: 'FAILED', reason: { error: 'ManifestInvalid' }, slides: [] });
+      expect(summary.reason?.message).toMatch(message);
+      expect(readFileSync(join(out, 'report/index.html'), 'utf8')).toContain('FAILED');
+    },
+    60_000,
+  );
 });
 
 it('rows and slides of every bad kind end with their own reason beside a good one', async () => {
-  const blank = execFileSync(python, ['-c', 'import sys,numpy,tifffile;tifffile.imwrite(sys.stdout.buffer,numpy.full((1024,1024,3),245,"uint8"),tile=(256,256),photometric="rgb")']);
+  const blank = execFileSync(python, [
+    '-c',
+    'import sys,numpy,tifffile;tifffile.imwrite(sys.stdout.buffer,numpy.full((1024,1024,3),245,"uint8"),tile=(256,256),photometric="rgb")',
+  ]);
   const { code, out, stderr } = await run('bad rows', {
     'good.tiff': { copy: slide },
     'a/same.tiff': { copy: slide },
@@ -132,32 +137,56 @@ describe('a model package', () => {
       [Buffer.from('no package'), /not a readable model.tar.gz/],
       [await archive({ 'model.json': descriptor({ outputs: [] }), 'model.pt': 'w' }), /outputs/],
     ] as const) {
-      const { code, stderr } = await run('broken', {
-        'x.tiff': { copy: slide },
-        'broken.tar.gz': bytes,
-        'repo.csv': 'slide\nx.tiff\n',
-      }, '--model', work.path('studies', 'broken', 'broken.tar.gz'));
+      const { code, stderr } = await run(
+        'broken',
+        {
+          'x.tiff': { copy: slide },
+          'broken.tar.gz': bytes,
+          'repo.csv': 'slide\nx.tiff\n',
+        },
+        '--model',
+        work.path('studies', 'broken', 'broken.tar.gz'),
+      );
       expect(code).toBe(2);
       expect(stderr).toMatch(message);
     }
   }, 120_000);
 
   it('of mode transform is refused by the plan, by name', async () => {
-    const { code, out, stderr } = await run('transform', {
-      'x.tiff': { copy: slide },
-      'later.tar.gz': await archive({ 'model.json': descriptor({ name: 'later', mode: 'transform' }), 'model.pt': 'w' }),
-      'repo.csv': 'slide,model\nx.tiff,\nx2.tiff,\n',
-    }, '--model', work.path('studies', 'transform', 'later.tar.gz'));
+    const { code, out, stderr } = await run(
+      'transform',
+      {
+        'x.tiff': { copy: slide },
+        'later.tar.gz': await archive({
+          'model.json': descriptor({ name: 'later', mode: 'transform' }),
+          'model.pt': 'w',
+        }),
+        'repo.csv': 'slide,model\nx.tiff,\nx2.tiff,\n',
+      },
+      '--model',
+      work.path('studies', 'transform', 'later.tar.gz'),
+    );
     expect(code, stderr).toBe(1);
     expect(states(readSummary(out))['2 x.tiff']).toBe('FAILED ModelModeNotSupported');
   }, 60_000);
 
   it('whose weights do not load, or that raises, fails its own slides and no others', async () => {
     execFileSync(python, ['-c', RAISING, work.path('raises.pt')]);
-    const raises = await archive({ 'model.json': descriptor({ name: 'raises' }), 'model.pt': readFileSync(work.path('raises.pt')) });
-    const torn = await archive({ 'model.json': descriptor({ name: 'torn' }), 'model.pt': 'these are no weights' });
+    const raises = await archive({
+      'model.json': descriptor({ name: 'raises' }),
+      'model.pt': readFileSync(work.path('raises.pt')),
+    });
+    const torn = await archive({
+      'model.json': descriptor({ name: 'torn' }),
+      'model.pt': 'these are no weights',
+    });
     const files = { 'x.tiff': { copy: slide }, 'raises.tar.gz': raises, 'torn.tar.gz': torn };
-    const first = await run('torn', { ...files, 'repo.csv': 'slide\nx.tiff\n' }, '--model', work.path('studies', 'torn', 'torn.tar.gz'));
+    const first = await run(
+      'torn',
+      { ...files, 'repo.csv': 'slide\nx.tiff\n' },
+      '--model',
+      work.path('studies', 'torn', 'torn.tar.gz'),
+    );
     expect(first.code, first.stderr).toBe(1);
     expect(states(readSummary(first.out))['2 x.tiff']).toBe('FAILED JobFailed');
     expect(readSummary(first.out).slides[0]?.reason?.message).toContain('ModelPackageInvalid');
@@ -169,12 +198,20 @@ describe('a model package', () => {
       work.path('studies', 'raises', 'raises.tar.gz'),
     );
     expect(second.code, second.stderr).toBe(3);
-    expect(states(readSummary(second.out))).toEqual({ '2 x.tiff': 'FAILED ModelError', '3 y.tiff': 'AGGREGATED' });
+    expect(states(readSummary(second.out))).toEqual({
+      '2 x.tiff': 'FAILED ModelError',
+      '3 y.tiff': 'AGGREGATED',
+    });
   }, 180_000);
 });
 
 it('wrong use is told in one line', async () => {
-  for (const args of [['run', work.path('nowhere')], ['run'], ['fly'], ['run', work.path('made'), '--model', 'no-such-model']]) {
+  for (const args of [
+    ['run', work.path('nowhere')],
+    ['run'],
+    ['fly'],
+    ['run', work.path('studies', 'torn'), '--model', 'no-such-model'],
+  ]) {
     const { code, stderr } = await work.slideway(...args, '--state', work.path('state'));
     expect(code, args.join(' ')).toBe(2);
     expect(stderr).not.toMatch(/\n\s+at /);

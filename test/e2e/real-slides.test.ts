@@ -80,7 +80,9 @@ describe.skipIf(!hasSlides)('a run over real slides', () => {
   });
 
   it('two files of one base name have results of their own', () => {
-    const ids = summary.slides.filter(({ slide }) => slide.endsWith('TCGA.svs')).map(({ slideId }) => slideId);
+    const ids = summary.slides
+      .filter(({ slide }) => slide.endsWith('TCGA.svs'))
+      .map(({ slideId }) => slideId);
     expect(new Set(ids).size).toBe(2);
   });
 
@@ -103,7 +105,8 @@ describe.skipIf(!hasSlides)('a run over real slides', () => {
     for (const { slide } of summary.slides) expect(html).toContain(slide);
     const links = [...html.matchAll(/(?:src|href)="(\.\.\/[^"#]+)"/g)].map((match) => match[1] ?? '');
     expect(links.length).toBeGreaterThan(8);
-    for (const link of links) expect(existsSync(join(out, 'report', decodeURIComponent(link))), link).toBe(true);
+    for (const link of links)
+      expect(existsSync(join(out, 'report', decodeURIComponent(link))), link).toBe(true);
   });
 
   it('shows what has run, and shows the same run again without doing it again', async () => {
@@ -114,7 +117,14 @@ describe.skipIf(!hasSlides)('a run over real slides', () => {
     expect(show.code).toBe(0);
     expect(show.stdout).toContain('not-scanned-yet.svs');
 
-    const again = await work.slideway('run', work.path('studies', 'real'), '--state', state, '--out', work.path('again'));
+    const again = await work.slideway(
+      'run',
+      work.path('studies', 'real'),
+      '--state',
+      state,
+      '--out',
+      work.path('again'),
+    );
     expect(again.code).toBe(3);
     expect(again.stderr).toContain(summary.runId);
     expect(readFileSync(work.path('again', 'run.json'))).toEqual(readFileSync(join(out, 'run.json')));

@@ -1,13 +1,23 @@
 /** Whole runs as a person makes them: the command line in a process of its own, on a study folder made by the test. */
-import { spawn } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
+import { CONTAINER, PROJECT, venvFolder, venvPython } from '../../cli/paths.ts';
 import type { RunSummary } from '../../core/contracts.ts';
-import { PROJECT } from '../../cli/paths.ts';
 
 export const SLIDES = resolve(PROJECT, process.env.SLIDEWAY_TEST_SLIDES ?? '../shared/slides');
 export const hasSlides = existsSync(join(SLIDES, 'CMU-1-Small-Region.svs'));
+
+export const python = venvPython(venvFolder());
+
+/** Draws an H&E-like slide at 0.5 µm per pixel. */
+export function drawSlide(path: string, size = '1024x1024', seed = 0): void {
+  const script = join(CONTAINER, 'demo', 'make_slides.py');
+  execFileSync(python, ['-B', script, '--out', path, '--size', size, '--seed', String(seed)], {
+    stdio: 'pipe',
+  });
+}
 
 export interface Ended {
   code: number | null;

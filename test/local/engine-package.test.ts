@@ -5,13 +5,14 @@ import { DescribeExecutionCommand, ListExecutionsCommand, SFNClient } from '@aws
 import { afterAll, describe, expect, it } from 'vitest';
 import { startLocalAws } from '../../local/engine.ts';
 import type { Message } from '../../local/sns.ts';
+import { projectPython } from '../support/python.ts';
 import { temporaryFolder, until } from './kit.ts';
 
 const messages: Message[] = [];
 const aws = await startLocalAws({
   state: temporaryFolder(),
-  package: resolve(process.env.SLIDEWAY_PACKAGE || '.serverless'),
-  python: 'python3',
+  package: resolve(process.env.SLIDEWAY_PACKAGE || packageFolder('dev')),
+  python: projectPython(),
   containers: resolve('containers'),
   executor: 'process',
   timeScale: 0.01,

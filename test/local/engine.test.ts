@@ -9,6 +9,7 @@ import { DescribeExecutionCommand, ListExecutionsCommand, SFNClient } from '@aws
 import { afterEach, describe, expect, it } from 'vitest';
 import { attachLocalAws, type Connection, type LocalAws, startLocalAws } from '../../local/engine.ts';
 import type { Message } from '../../local/sns.ts';
+import { projectPython } from '../support/python.ts';
 import { packaged, role, temporaryFolder, until } from './kit.ts';
 
 /** Reads the manifest, counts in the table, writes to Silver, tells the topic: a run in small. */
@@ -177,7 +178,7 @@ async function start(
   const aws = await startLocalAws({
     state,
     package: folder,
-    python: 'python3',
+    python: projectPython(),
     containers,
     executor: 'process',
     ...(onMessage === undefined ? {} : { onMessage }),

@@ -13,11 +13,18 @@ import { Logs } from '../../local/logs.ts';
 import { S3Service } from '../../local/s3/service.ts';
 import { SageMaker, type SageMakerOptions } from '../../local/sagemaker/service.ts';
 import { type Caller, ServiceError } from '../../local/types.ts';
+import { projectPython } from '../support/python.ts';
 
 export const JOB_ROLE = 'arn:aws:iam::000000000000:role/inference-job';
 export const IMAGE = '000000000000.dkr.ecr.us-east-1.amazonaws.com/slide-inference:1';
 
-type Passed = 'executor' | 'mountNamespace' | 'stopGraceSeconds' | 'maxConcurrentInstances' | 'faults';
+type Passed =
+  | 'python'
+  | 'executor'
+  | 'mountNamespace'
+  | 'stopGraceSeconds'
+  | 'maxConcurrentInstances'
+  | 'faults';
 
 export interface EngineOptions extends Partial<Pick<SageMakerOptions, Passed>> {
   state: string;
@@ -62,7 +69,7 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
       if (imageUri !== IMAGE) throw new ServiceError('ValidationException', `There is no image ${imageUri}`);
       return { folder: container };
     },
-    python: 'python3',
+    python: projectPython(),
     executor: 'process',
     ...rest,
   });

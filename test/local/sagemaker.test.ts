@@ -30,6 +30,7 @@ import { DockerExecutor } from '../../local/sagemaker/executors.ts';
 import { markOf, sessionOf } from '../../local/sagemaker/processes.ts';
 import { PROCESSING_LOG_GROUP } from '../../local/sagemaker/service.ts';
 import { UnsupportedLocally } from '../../local/types.ts';
+import { projectPython } from '../support/python.ts';
 import { type Engine, type EngineOptions, IMAGE, JOB_ROLE, startEngine } from './sagemaker-engine.ts';
 
 const JOB = `
@@ -642,7 +643,8 @@ describe('a request', () => {
     [
       'a run longer than nine days',
       { StoppingCondition: { MaxRuntimeInSeconds: 777_601 } },
-      /maxRuntimeInSeconds.*777600/,
+      // Seven days in Debian's botocore.
+      /maxRuntimeInSeconds.*less than or equal to (777600|604800)/,
     ],
     ['a variable’s name with a dash', { Environment: { 'A-B': '1' } }, /environment.*regular expression/],
     ['a member that there is not', { Envronment: {} } as never, /Unknown member 'envronment'/],
@@ -748,6 +750,65 @@ describe('a request', () => {
       { Key: 'study', Value: 'a' },
       { Key: 'run', Value: '1' },
     ]);
+  });
+});
+
+describe('what requests must be', () => {
+  const list = ({ client }: Engine) => client.send(new ListProcessingJobsCommand({}));
+
+  /** An interpreter of its own, which starts the environment's after `script`. */
+  function interpreter(script: string): string {
+    const path = join(folder(), 'python');
+    writeFileSync(path, `#!/bin/sh\n${script}\nexec '${projectPython()}' "$@"\n`, { mode: 0o755 });
+    return path;
+  }
+
+  it('is asked of the environment’s botocore once, and not before the first request', async () => {
+    const calls = join(folder(), 'calls');
+    const python = interpreter(`echo "$*" >>'${calls}'`);
+    const on = await engine({ python });
+    expect(existsSync(calls)).toBe(false);
+    await Promise.all([list(on), list(on)]);
+    await list(await engine({ python }));
+    expect(readFileSync(calls, 'utf8').trim().split('\n')).toHaveLength(1);
+  });
+
+  it('is read from Debian’s botocore, too: plain, and older than many an instance type', async () => {
+    const other = folder();
+    const api = join(other, 'botocore', 'data', 'sagemaker', '2017-07-24');
+    mkdirSync(api, { recursive: true });
+    writeFileSync(join(other, 'botocore', '__init__.py'), '');
+    const copy = `
+import botocore.loaders, json, sys
+model = botocore.loaders.create_loader().load_service_model("sagemaker", "service-2")
+types = model["shapes"]["ProcessingInstanceType"]["enum"]
+types[:] = [name for name in types if not name.startswith("ml.g5")]
+json.dump(model, open(sys.argv[1], "w"))
+`;
+    execFileSync(projectPython(), ['-c', copy, join(api, 'service-2.json')]);
+    const on = await engine({ python: interpreter(`export PYTHONPATH='${other}':"$PYTHONPATH"`) });
+    await create(on, request('debian', 'describe', { Environment: { SEEN: '1' } }));
+    expect((await ended(on, 'debian')).ProcessingJobStatus).toBe('Completed');
+    const { environment } = await seenBy(on, 'debian', 'algo-1');
+    expect(environment.PYTHONPATH).toContain(other);
+    await expect(create(on, request('de_bian', 'describe'))).rejects.toThrow(/processingJobName/);
+  });
+
+  it('cannot be known without botocore, and says what to do; it is looked for again', async () => {
+    const whole = join(folder(), 'whole');
+    const python = interpreter(`[ -e '${whole}' ] || set -- -S "$@"`);
+    const on = await engine({ python });
+    const missing = list(on);
+    await expect(missing).rejects.toThrow(/No module named 'botocore'.*slideway setup/);
+    // Not of the kind that a caller takes for passing and repeats.
+    await expect(missing).rejects.toMatchObject({
+      name: 'ServiceModelUnavailable',
+      $metadata: { httpStatusCode: 400 },
+    });
+    writeFileSync(whole, '');
+    expect((await list(on)).ProcessingJobSummaries).toEqual([]);
+    const none = await engine({ python: join(folder(), 'none', 'bin', 'python') });
+    await expect(list(none)).rejects.toThrow(/none\/bin\/python.*slideway setup/);
   });
 });
 

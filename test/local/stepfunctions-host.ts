@@ -7,7 +7,12 @@
 import { appendFileSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { S3Client } from '@aws-sdk/client-s3';
-import { DescribeExecutionCommand, SFNClient, StartExecutionCommand } from '@aws-sdk/client-sfn';
+import {
+  DescribeExecutionCommand,
+  paginateGetExecutionHistory,
+  SFNClient,
+  StartExecutionCommand,
+} from '@aws-sdk/client-sfn';
 import { Gateway } from '../../local/gateway.ts';
 import { S3Service } from '../../local/s3/service.ts';
 import { StepFunctions } from '../../local/stepfunctions/service.ts';
@@ -240,8 +245,12 @@ async function main({ folder, definition, input, kill }: ProgramOptions): Promis
   );
   const outcome = await host.outcome(executionArn);
   const tally = host.stepFunctions.transitions(executionArn);
+  const events: Record<string, number> = {};
+  for await (const page of paginateGetExecutionHistory({ client: host.sfn }, { executionArn })) {
+    for (const { type = '' } of page.events ?? []) events[type] = (events[type] ?? 0) + 1;
+  }
   await host.close();
-  process.stdout.write(JSON.stringify({ ...outcome, tally }));
+  process.stdout.write(JSON.stringify({ ...outcome, tally, events }));
 }
 
 if (process.argv[1] === import.meta.filename)

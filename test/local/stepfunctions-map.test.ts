@@ -388,7 +388,7 @@ describe('results', () => {
       reads = host.asked.filter((action) => action === 'slide-run s3:GetObject').length;
     }
     host.denied.clear();
-    expect((await host.outcome(arn)).output).toEqual([{ done: 1 }]);
+    expect(await host.outcome(arn)).toMatchObject({ status: 'SUCCEEDED', output: [{ done: 1 }] });
   });
 
   test.each([
@@ -458,13 +458,12 @@ test('20,000 items run in bounded memory', async () => {
   clearInterval(watch);
   expect(status).toBe('SUCCEEDED');
   expect(Date.now() - started).toBeLessThan(60_000);
-  // All inputs and outputs together are above 80 MB as objects; what is held is a share of them, and garbage.
-  expect(most).toBeLessThan(400 * 1024 * 1024);
+  // Inputs and outputs are 80 MB of text, some times that as objects; what is held is a share, and garbage.
+  expect(most).toBeLessThan(250 * 1024 * 1024);
   const { mapRuns } = await host.sfn.send(new ListMapRunsCommand({ executionArn: arn }));
   const described = await host.sfn.send(new DescribeMapRunCommand({ mapRunArn: mapRuns?.[0]?.mapRunArn }));
   expect(described.itemCounts).toMatchObject({ total: 20_000, succeeded: 20_000 });
   const manifest = JSON.parse(await get(output.ResultWriterDetails.Key));
   expect(manifest.ResultFiles.SUCCEEDED[0].Size).toBeGreaterThan(40_000_000);
   expect(host.stepFunctions.largestPayload(arn)).toBeLessThan(2000);
-  process.stderr.write(`20,000 children: ${Date.now() - started} ms, ${Math.round(most / 2 ** 20)} MiB\n`);
 }, 120_000);

@@ -250,6 +250,21 @@ describe('failures', () => {
     expect(host.stepFunctions.transitions(arn)).toEqual({ standard: 4, express: 0 });
   });
 
+  test('the intervals of Retry grow by BackoffRate up to MaxDelaySeconds', async () => {
+    const retry = {
+      ErrorEquals: ['Throttled'],
+      IntervalSeconds: 10,
+      BackoffRate: 2,
+      MaxDelaySeconds: 15,
+      MaxAttempts: 3,
+    };
+    const begun = Date.now();
+    await run({ Flaky: lambda('flaky', { Retry: [retry] }) }, { failures: 3 });
+    // A hundredth of 10 + 15 + 15 seconds.
+    expect(Date.now() - begun).toBeGreaterThanOrEqual(400);
+    expect(Date.now() - begun).toBeLessThan(1000);
+  });
+
   test('Retry gives up after MaxAttempts and leaves other errors alone', async () => {
     const retry = { Retry: [{ ErrorEquals: ['Throttled'], MaxAttempts: 2 }] };
     expect(await run({ Flaky: lambda('flaky', retry) }, { failures: 9 })).toMatchObject({

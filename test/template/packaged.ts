@@ -7,9 +7,10 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'no
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
-import { PROJECT, venvFolder, venvPython } from '../../cli/paths.ts';
+import { PROJECT, venvFolder } from '../../cli/paths.ts';
 import { packageFolder } from '../../cli/setup/package.ts';
 import { loadPackage } from '../../local/template.ts';
+import { projectPython } from '../support/python.ts';
 import type { Definition, Template } from './rules.ts';
 
 const FOLDER = resolve(process.env.SLIDEWAY_PACKAGE || packageFolder('dev'));
@@ -17,10 +18,6 @@ const TEMPLATE = join(FOLDER, 'cloudformation-template-update-stack.json');
 
 const CFN_LINT = join(venvFolder(), 'bin', 'cfn-lint');
 export const hasCfnLint = existsSync(CFN_LINT);
-
-export const hasBotocore =
-  existsSync(venvPython(venvFolder())) &&
-  spawnSync(venvPython(venvFolder()), ['-c', 'import botocore']).status === 0;
 
 /** The template as CloudFormation gets it. */
 export function template(): Template {
@@ -75,6 +72,6 @@ export function serviceModelFindings(
 ): string[] {
   const script = join(import.meta.dirname, 'check_service_model.py');
   return JSON.parse(
-    execFileSync(venvPython(venvFolder()), [script], { input: JSON.stringify(requests), encoding: 'utf8' }),
+    execFileSync(projectPython(), [script], { input: JSON.stringify(requests), encoding: 'utf8' }),
   );
 }

@@ -6,15 +6,8 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { InferenceJob } from '../../core/contracts.ts';
 import { Logs } from '../../local/logs.ts';
 import { SageMaker } from '../../local/sagemaker/service.ts';
-import {
-  aslErrors,
-  cfnLint,
-  definition,
-  hasBotocore,
-  hasCfnLint,
-  serviceModelFindings,
-  template,
-} from './packaged.ts';
+import { projectPython } from '../support/python.ts';
+import { aslErrors, cfnLint, definition, hasCfnLint, serviceModelFindings, template } from './packaged.ts';
 import {
   buckets,
   type Definition,
@@ -338,7 +331,7 @@ describe('every task of the state machine', () => {
   });
 });
 
-describe.skipIf(!hasBotocore)('every SageMaker call', () => {
+describe('every SageMaker call', () => {
   const folder = mkdtempSync(join(tmpdir(), 'calls-'));
   afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
@@ -369,7 +362,7 @@ describe.skipIf(!hasBotocore)('every SageMaker call', () => {
       credentials: () => ({ accessKeyId: 'none', secretAccessKey: 'none' }),
       logs: new Logs({ folder: join(folder, 'logs') }),
       containers: () => ({ folder }),
-      python: 'python3',
+      python: projectPython(),
       executor: 'process',
       faults: () => ({ failureReason: 'CapacityError' }),
     });

@@ -250,7 +250,7 @@ class Predictor:
 
     @property
     def on_gpu(self) -> bool:
-        return self._device.type == "cuda"
+        return str(self._device.type) == "cuda"
 
     @property
     def device_name(self) -> str:

@@ -50,7 +50,7 @@ class OpenSlideReader(SlideReader):
         try:
             slide = openslide.OpenSlide(str(self._path))
         except openslide.OpenSlideUnsupportedFormatError as error:
-            raise NotASlide("OpenSlide does not know the format.") from error
+            raise NotASlide("OpenSlide does not know the format, or the file is damaged.") from error
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideUnopenable(f"OpenSlide cannot open it: {error}.") from error
         if hasattr(openslide, "OpenSlideCache"):

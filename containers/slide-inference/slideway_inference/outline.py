@@ -45,7 +45,7 @@ def pieces_of(mask: Bool) -> list[Piece]:
     columns = width + 2
     padded = np.zeros((height + 2, columns), np.bool_)
     padded[1:-1, 1:-1] = mask
-    # An edge is its start corner × 4 + direction (0 east, 1 south, 2 west, 3 north); corner (y, x) is y·columns + x.
+    # An edge is its start corner × 4 + direction (east, south, west, north); corner (y, x) is y·columns + x.
     starts = []
     for side, (dy, dx, cy, cx) in enumerate(((-1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, -1, 1, 0))):
         neighbour = np.roll(padded, (-dy, -dx), (0, 1))
@@ -115,7 +115,7 @@ def _group(
     pending = []
     for index, area in enumerate(signed):
         if area < 0:
-            # South edges run down the right side of tissue: the topmost, leftmost has the hole's first pixel after it.
+            # South edges run down the right side of tissue: after the topmost, leftmost comes the hole's first.
             members = loops[index]
             south = members[direction[members] == 1]
             pending.append((int(corner[south].min()), index))

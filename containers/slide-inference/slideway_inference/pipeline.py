@@ -112,9 +112,8 @@ class Pipeline:
         self._job_name = job_name
         self._log = log
         self._stop = stop
-        self._device = (
-            f"{len(predictors)} × {predictors[0].device_name}" if len(predictors) > 1 else predictors[0].device_name
-        )
+        many = f"{len(predictors)} × " if len(predictors) > 1 else ""
+        self._device = many + predictors[0].device_name
         self._batch = max(1, min(model.batch, _SLOT_BYTES // (model.px**2 * 3)))
         slots = 2 * (readers + len(predictors))
         self._arena = Arena(slots, self._batch * model.px**2 * 3, scratch)
@@ -190,7 +189,7 @@ class Pipeline:
                     if ready:
                         self._put(self._prepared, work)
         finally:
-            self._put_last(self._prepared)
+            self._put(self._prepared, None)
 
     def _prepare(self, work: _Work) -> bool:
         """Fetches and surveys; False when there is nothing left to do for the slide."""
@@ -400,7 +399,7 @@ class Pipeline:
             if work.error is None and survey is not None:
                 if len(work.readable) and not work.readable.any():
                     raise SlideUnreadable(
-                        f"None of its {len(work.readable)} tiles with tissue can be read: scan or copy the file again."
+                        f"None of its {len(work.readable)} tiles can be read: scan or copy the file again."
                     )
                 tiles = tiles_parquet(shard, slide, self._model, survey, work.readable, work.values)
                 files = {
@@ -487,19 +486,13 @@ class Pipeline:
             except queue.Empty:
                 self._check_stop()
 
-    def _put(self, target: queue.Queue[_Work | None], work: _Work) -> None:
+    def _put(self, target: queue.Queue[_Work | None], work: _Work | None) -> None:
         while True:
             try:
-                return target.put(work, timeout=_POLL)
+                target.put(work, timeout=_POLL)
+                return
             except queue.Full:
                 self._check_stop()
-
-    def _put_last(self, target: queue.Queue[_Work | None]) -> None:
-        while not self._stop.is_set():
-            try:
-                return target.put(None, timeout=_POLL)
-            except queue.Full:
-                pass
 
 
 def _join(threads: Sequence[threading.Thread]) -> None:

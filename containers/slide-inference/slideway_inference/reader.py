@@ -63,7 +63,7 @@ class SlideReader(ABC):
 
     @abstractmethod
     def read_region(self, level: int, x: int, y: int, width: int, height: int) -> Region:
-        """Reads a region in pixels of `level`, wholly inside it. Raises RegionUnreadable; the reader stays usable."""
+        """Reads a region in pixels of `level`, wholly inside it. After RegionUnreadable the reader is as before."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -136,7 +136,7 @@ class SlideReader(ABC):
             except RegionUnreadable:
                 failures += 1
                 if pixels > _CELL_PIXELS and failures < _FAILURES and (x1 - x0 > 1 or y1 - y0 > 1):
-                    tall = (y1 - y0) * scale_y >= (x1 - x0) * scale_x and y1 - y0 > 1 or x1 - x0 == 1
+                    tall = x1 - x0 == 1 or (y1 - y0 > 1 and (y1 - y0) * scale_y >= (x1 - x0) * scale_x)
                     blocks += _halves(x0, y0, x1, y1, tall=tall)
                 else:
                     view.unreadable[y0:y1, x0:x1] = True
@@ -178,8 +178,8 @@ def levels_of(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
 
 
 def open_slide(path: Path) -> SlideReader:
-    """Opens a slide with the reader that knows it: OpenSlide, else, for a file that is called a TIFF, the plain TIFF
-    reader. Other formats can be TIFFs inside whose first page is the label. Raises SlideUnopenable."""
+    """Opens a slide with the reader that knows it: OpenSlide, else, for a file that is called a TIFF, the plain
+    TIFF reader. Other formats can be TIFFs inside whose first page is the label. Raises SlideUnopenable."""
     from slideway_inference.openslide_reader import NotASlide, OpenSlideReader
     from slideway_inference.tiff_reader import TiffReader
 
@@ -187,7 +187,7 @@ def open_slide(path: Path) -> SlideReader:
         return OpenSlideReader(path)
     except NotASlide as error:
         if path.suffix.lower() not in (".tif", ".tiff"):
-            raise
+            raise SlideUnopenable(str(error)) from error
         try:
             return TiffReader(path)
         except SlideUnopenable as reason:

@@ -39,7 +39,7 @@ def tiles_parquet(
     readable: npt.NDArray[np.bool_],
     values: npt.NDArray[np.float32],
 ) -> bytes:
-    """`readable` (n,) and `values` (n, outputs) go with the survey's positions; values of unreadable tiles are NaN."""
+    """`readable` (n,) and `values` (n, outputs) go with the survey's positions; unreadable tiles become NaN."""
     count = len(survey.positions)
     geometry = survey.geometry
     columns: dict[str, Column] = {

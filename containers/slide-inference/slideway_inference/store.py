@@ -106,7 +106,7 @@ class Store:
         except OSError as error:
             if error.errno == _NO_SPACE:
                 raise DiskFull(
-                    f"The instance's volume is full; the slide has {slide.size / 1e9:.1f} GB: give the job a larger volume."
+                    f"The slide's {slide.size / 1e9:.1f} GB do not fit on the instance: give the job more volume."
                 ) from error
             raise SlideFetchFailed(f"Storing it on the instance failed: {error.strerror}.") from error
         return folder / paths[slide.key]

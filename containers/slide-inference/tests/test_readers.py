@@ -129,3 +129,12 @@ def test_a_readers_messages_hold_no_paths(tmp_path: Path) -> None:
     assert "Mustermann" not in str(error.value)
     reader.close()
     arena.close()
+
+
+@needs_real_slides
+def test_only_what_is_called_a_tiff_is_read_as_one(tmp_path: Path) -> None:
+    """The first page of a VSI is its label."""
+    path = tmp_path / "slide.vsi"
+    path.write_bytes((REAL_SLIDES / "OS-1-detail.ome.tif").read_bytes())
+    with pytest.raises(SlideUnopenable):
+        open_slide(path)

@@ -7,7 +7,10 @@ import pytest
 from slideway_inference.errors import MppImplausible, MppMissing
 from slideway_inference.resolution import mpp_of_file, ome_mpp, resolve_mpp
 
-OME = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels {}/></Image></OME>'
+OME = (
+    '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+    '<Image ID="Image:0"><Pixels {}/></Image></OME>'
+)
 
 
 def test_manifest_and_catalogue_go_before_the_file() -> None:
