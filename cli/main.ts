@@ -173,6 +173,7 @@ Examples:
 
 /** The exit code of an error, which has been told. */
 export function tell(error: unknown, screen: Screen): number {
+  screen.clear();
   if (error instanceof CommanderError) return error.exitCode === 0 ? EXIT.succeeded : EXIT.usage;
   if (process.env.SLIDEWAY_DEBUG === '1') console.error(error);
   else screen.warn(`slideway: ${error instanceof Error ? error.message : String(error)}`);

@@ -99,7 +99,15 @@ export const modelSchema = z.object({
   aggregate: z.array(z.enum(AGGREGATES)).min(1).default(['mean']),
   top_k: z.number().int().min(1).default(10),
   heatmap: z
-    .object({ output: outputName, colormap: z.enum(['inferno', 'viridis']).default('inferno') })
+    .object({
+      output: outputName,
+      colormap: z.enum(['inferno', 'viridis']).default('inferno'),
+      /** Values of the lowest and the highest colour, so that slides can be compared by eye. */
+      range: z
+        .tuple([z.number(), z.number()])
+        .refine(([min, max]) => min < max, 'the first must be below the second')
+        .optional(),
+    })
     .optional(),
 });
 export type Model = z.infer<typeof modelSchema>;
@@ -294,8 +302,8 @@ export interface HeatmapGeometry {
   /** The output that is drawn. */
   output: string;
   colormap: 'inferno' | 'viridis';
-  /** Values of the lowest and the highest colour: 0–1, or the 1st and 99th percentile of the readable tiles. */
-  range: { min: number; max: number; of: 'unit' | 'p1-p99' };
+  /** Values of the lowest and the highest colour: the model's own, 0–1, or the 1st and 99th percentile of the readable tiles. */
+  range: { min: number; max: number; of: 'model' | 'unit' | 'p1-p99' };
   /** Level-0 position of the top-left corner. */
   origin: { x: number; y: number };
   level0PerPixel: number;

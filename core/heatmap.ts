@@ -17,7 +17,7 @@ export interface HeatmapInput {
   tiles: Pick<TileTable, 'rows' | 'minx' | 'miny' | 'width' | 'height' | 'readable' | 'outputs'>;
   output: string;
   colormap: Colormap;
-  model: Pick<Model, 'name' | 'version' | 'task'>;
+  model: Pick<Model, 'name' | 'version' | 'task' | 'heatmap'>;
   /** Level-0 pixels, and µm per level-0 pixel. */
   slide: { width: number; height: number; mppX: number; mppY: number };
   /** A tile's side in level-0 pixels. */
@@ -84,8 +84,12 @@ export async function drawHeatmap(
   return { png: withPixelSize(png, micronsPerPixel), geometry };
 }
 
-/** 0–1 where that is what the values are; else the 1st to 99th percentile, so that one odd tile does not flatten the rest. */
+/** The model's own range; 0–1 where that is what the values are; else the 1st to 99th percentile, so that one odd tile does not flatten the rest. */
 function rangeOf({ tiles, output, model }: HeatmapInput): HeatmapGeometry['range'] {
+  if (model.heatmap?.range && model.heatmap.output === output) {
+    const [min, max] = model.heatmap.range;
+    return { min, max, of: 'model' };
+  }
   const values = tiles.outputs.get(output) ?? new Float32Array(0);
   const known = Float64Array.from(values.filter((_, i) => tiles.readable[i] === 1)).sort();
   const unit = { min: 0, max: 1, of: 'unit' } as const;
@@ -204,7 +208,7 @@ function legendSvg({ width, areaWidth, range, micronsPerPixel, unreadable, input
   );
   const scale = scaleBar(micronsPerPixel, Math.min(Math.max(areaWidth * 0.4, 32), 200 * unit));
   const scaleLeft = right - scale.pixels / unit;
-  const percentile = range.of === 'unit' ? '' : '1st to 99th percentile';
+  const percentile = range.of === 'p1-p99' ? '1st to 99th percentile' : '';
   const title = fontSize(input.output + percentile, 13, right - 24);
   const model = `${input.model.name} ${input.model.version}`;
   const modelWidth = unreadable ? right - 136 : right - 16;

@@ -77,7 +77,8 @@ figcaption input{width:100%;margin:0}
 .note{margin-top:10px;font-size:13.5px;color:var(--look)}
 .answer .facts{margin-top:12px}
 .numbers{width:100%;margin-top:8px}
-.numbers td,.numbers thead th{text-align:right;padding-right:0;padding-left:12px;white-space:nowrap;font-variant-numeric:tabular-nums}
+.numbers tbody th{border:0;padding-bottom:0}
+.numbers td,.numbers thead th{text-align:right;padding-right:0;padding-left:8px;white-space:nowrap;font-variant-numeric:tabular-nums}
 .numbers tbody th{color:var(--ink);font-weight:400;overflow-wrap:anywhere}
 .numbers tbody tr:last-child>*{border-bottom:0}
 .links{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px;font-size:13.5px}

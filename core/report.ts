@@ -266,7 +266,7 @@ ${heatmap ? legend(row, heatmap) : ''}
 
 function legend(row: SlideRow, { range, colormap, output }: HeatmapGeometry): string {
   const colours = COLORMAPS[colormap].filter((_, i) => i % 4 === 0).map(toHex);
-  const percentile = range.of === 'unit' ? '' : ' <span class="soft">1st to 99th percentile</span>';
+  const percentile = range.of === 'p1-p99' ? ' <span class="soft">1st to 99th percentile</span>' : '';
   return `<figcaption><span class="name">${text(output)}${percentile}</span><input type="range" class="own" min="0" max="100" value="60" aria-label="Heatmap over ${text(row.slideId)}">
 <span class="bar" style="background:linear-gradient(90deg,${colours.join(',')})"></span><span class="ends"><span>${measure(range.min)}</span><span>${measure((range.min + range.max) / 2)}</span><span>${measure(range.max)}</span></span></figcaption>`;
 }
@@ -278,7 +278,7 @@ const predicted = ({ outputs: { predicted_mean: mean, predicted_vote: vote } }: 
         vote === mean ? '' : ` <span class="soft">(most tiles: ${text(String(vote ?? '–'))})</span>`
       }</dd></div>`;
 
-/** Outputs down, aggregates across. */
+/** Aggregates across; each output's name over its numbers, because names are long and cards are narrow. */
 function numbers({ outputs }: ResultSummary): string {
   const rows = new Map<string, Map<string, number | null>>();
   const used = new Set<string>();
@@ -292,14 +292,14 @@ function numbers({ outputs }: ResultSummary): string {
   if (rows.size === 0) return '';
   const columns = AGGREGATES.filter((aggregate) => used.has(aggregate));
   const more = rows.size - OUTPUTS_PER_CARD;
-  return `<div class="scroll"><table class="numbers"><thead><tr><th><span class="hidden">Output</span></th>${columns
+  return `<div class="scroll"><table class="numbers"><thead><tr>${columns
     .map((aggregate) => `<th>${aggregate.replaceAll('_', ' ').replace('top k', 'top-k')}</th>`)
     .join('')}</tr></thead><tbody>
 ${[...rows]
   .slice(0, OUTPUTS_PER_CARD)
   .map(
     ([output, row]) =>
-      `<tr><th>${text(output)}</th>${columns
+      `<tr><th colspan="${columns.length}" scope="rowgroup">${text(output)}</th></tr><tr>${columns
         .map((aggregate) => {
           const value = row.get(aggregate);
           return `<td>${typeof value === 'number' ? measure(value) : '–'}</td>`;

@@ -55,11 +55,14 @@ export interface PythonOptions {
   interpreters?: string[];
 }
 
-/** What an environment is made from; another hash means that it has to be made anew. */
+/** What an environment is made from; another hash means that packages may be missing. */
 function wantedHash(): string {
-  const hash = createHash('sha256');
-  for (const path of [PYPROJECT, CONSTRAINTS]) hash.update(readFileSync(path));
-  return hash.digest('hex');
+  // Settings of tools and the container's own version ask for no other packages.
+  const [project = ''] = readFileSync(PYPROJECT, 'utf8').split(/^\[tool\./m);
+  return createHash('sha256')
+    .update(project.replace(/^version = .*$/m, ''))
+    .update(readFileSync(CONSTRAINTS))
+    .digest('hex');
 }
 
 function readMarker(folder: string): Marker | undefined {
@@ -111,16 +114,17 @@ export async function ensurePython(screen: Screen, options: PythonOptions = {}):
     test: test || !!before?.test,
     source: 'index',
   };
-  const begin = async () => {
-    await rm(folder, { recursive: true, force: true });
+  const begin = async (anew: boolean) => {
+    if (anew) await rm(folder, { recursive: true, force: true });
     await mkdir(folder, { recursive: true });
     await writeMarker(folder, wanted);
   };
   try {
-    await begin();
+    // What pip has installed before, it only adds to.
+    await begin(!(before?.complete && before.source === 'index'));
     const refusal = await fromIndex(screen, folder, interpreter, wanted.test, env);
     if (refusal !== undefined) {
-      await begin();
+      await begin(true);
       await fromDebian(screen, folder, refusal, wanted.test, env);
       wanted.source = 'debian';
     }
@@ -208,7 +212,7 @@ async function fromIndex(
 ): Promise<string | undefined> {
   const python = venvPython(folder);
   try {
-    await command(interpreter, ['-m', 'venv', folder], { env });
+    if (!existsSync(python)) await command(interpreter, ['-m', 'venv', folder], { env });
   } catch (error) {
     return `${interpreter} cannot make environments (${lastLine(error)}; Debian and Ubuntu have that in python3-venv)`;
   }

@@ -307,6 +307,7 @@ class MapRun {
         express: step.express,
         journal,
         history: NO_HISTORY,
+        events: { count: 0 },
         tally,
       };
       const output = await new Walk(child, step.processor, `${this.#uuid}/${index}/`, controller.signal).run(

@@ -226,11 +226,16 @@ function pascalDescription(description: object): Fields {
   ) as Fields;
 }
 
-const isPassing = (error: unknown): boolean => {
-  const { name = '', $metadata } = error as { name?: string; $metadata?: { httpStatusCode?: number } };
-  const status = $metadata?.httpStatusCode;
-  return name.startsWith('Throttling') || status === undefined || status >= 500;
-};
+/** Worth another poll: throttling, a fault of the service, a connection that broke. */
+function isPassing(error: unknown): boolean {
+  const { name, code, $metadata } = error as {
+    name: string;
+    code?: string;
+    $metadata?: { httpStatusCode?: number };
+  };
+  const status = $metadata?.httpStatusCode ?? 0;
+  return name.startsWith('Throttling') || status >= 500 || /^E[A-Z]+$/.test(code ?? '');
+}
 
 function sageMakerFailure(error: unknown): unknown {
   if (!(error instanceof Error)) return error;

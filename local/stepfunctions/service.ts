@@ -267,6 +267,7 @@ export class StepFunctions implements JsonService {
       folder,
       journal,
       history,
+      events: { count: 0 },
       tally,
       services: this.#services,
       onMapRun: ({ mapRunArn, describe: current }) =>

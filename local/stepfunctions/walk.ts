@@ -43,6 +43,8 @@ export interface Frame {
   folder: string;
   journal: Journal;
   history: Recorder;
+  /** Events so far, kept or not. */
+  events: { count: number };
   tally: Tally;
   services: Services;
   /** Told of each Distributed Map that runs. */
@@ -66,7 +68,6 @@ export class Walk {
   readonly #signal: AbortSignal;
   readonly #context: Record<string, unknown>;
   readonly #visits = new Map<string, number>();
-  #events = 0;
   #current: Promise<unknown> | undefined;
   #violation: StateError | undefined;
 
@@ -147,15 +148,16 @@ export class Walk {
     }
   }
 
-  #record(type: string, details: Record<string, unknown>): void {
-    this.#events += 1;
-    if (this.#events > EVENT_LIMIT) {
+  #record(type: string, details: Record<string, unknown>, scope = this.#path): void {
+    const { events, history } = this.#frame;
+    events.count += 1;
+    if (events.count > EVENT_LIMIT) {
       throw new StateError(
         'States.Runtime',
         `The execution reached the maximum number of history events (${EVENT_LIMIT}).`,
       );
     }
-    this.#frame.history.record(this.#path, type, details);
+    history.record(scope, type, details);
   }
 
   #transition(): void {
@@ -336,10 +338,10 @@ export class Walk {
       const selected = step.selector
         ? await step.selector(input, { ...this.#context, Map: { Item: item } })
         : item.Value;
-      const note = (what: string) =>
-        this.#frame.history.record(path, `MapIteration${what}`, {
-          [`mapIteration${what}EventDetails`]: { name: step.name, index },
-        });
+      const note = (what: string) => {
+        const details = { [`mapIteration${what}EventDetails`]: { name: step.name, index } };
+        this.#record(`MapIteration${what}`, details, path);
+      };
       note('Started');
       try {
         const result = await new Walk(this.#frame, step.processor, path, signal, item).run(selected);

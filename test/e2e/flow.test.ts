@@ -1,8 +1,8 @@
 /** The flow's promises, on the packaged state machine and functions: once per manifest, retries by class, small payloads. */
-import { readFileSync, writeFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as wait } from 'node:timers/promises';
-import { PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
+import { ListObjectsV2Command, PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
 import {
   DescribeExecutionCommand,
   ListExecutionsCommand,
@@ -10,11 +10,12 @@ import {
   StartExecutionCommand,
 } from '@aws-sdk/client-sfn';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { CONTAINER, PROJECT } from '../../cli/paths.ts';
+import { PROJECT } from '../../cli/paths.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
 import type { RunSummary } from '../../core/contracts.ts';
+import { runJsonKey } from '../../core/keys.ts';
 import { readJson } from '../../core/store.ts';
 import { type LocalAws, startLocalAws } from '../../local/engine.ts';
 import { serviceModelFindings } from '../template/packaged.ts';
@@ -26,7 +27,7 @@ let aws: LocalAws;
 let s3: S3Client;
 let stepFunctions: SFNClient;
 let slide: Buffer;
-/** What SageMaker is to answer to jobs, by order of asking. */
+/** What SageMaker is to answer to jobs, in the order in which they are asked for. */
 const faults: ({ createError: string } | { failureReason: string })[] = [];
 const jobNames: string[] = [];
 
@@ -60,49 +61,48 @@ afterAll(async () => {
 const put = (bucket: string | undefined, key: string, body: Buffer | string) =>
   s3.send(new PutObjectCommand({ Bucket: bucket, Key: key, Body: body }));
 
-async function drop(study: string, manifest = 'slide\nx.tiff\n'): Promise<string | undefined> {
+async function drop(study: string, manifest = 'slide\nx.tiff\n'): Promise<void> {
   await put(aws.outputs.LandingBucket, `${study}/x.tiff`, slide);
-  return (await put(aws.outputs.LandingBucket, `${study}/repo.csv`, manifest)).VersionId;
+  await put(aws.outputs.LandingBucket, `${study}/repo.csv`, manifest);
 }
 
-/** Waits until every execution has ended. */
-async function settled(): Promise<{ name: string; status: string; arn: string }[]> {
-  const deadline = Date.now() + 120_000;
+let known = 0;
+/** Waits until `more` further executions are there and all have ended; the newest first. */
+async function settled(more = 1): Promise<{ status: string; arn: string }[]> {
+  known += more;
+  const deadline = Date.now() + 240_000;
   for (;;) {
     const { executions = [] } = await stepFunctions.send(
       new ListExecutionsCommand({ stateMachineArn: aws.outputs.StateMachineArn }),
     );
-    const found = executions.map(({ name = '', status = '', executionArn = '' }) => ({
-      name,
-      status,
-      arn: executionArn,
-    }));
-    if (found.length > 0 && found.every(({ status }) => status !== 'RUNNING')) return found;
-    if (Date.now() > deadline) throw new Error(`still running: ${JSON.stringify(found)}`);
+    if (executions.length >= known && executions.every(({ status }) => status !== 'RUNNING')) {
+      expect(executions).toHaveLength(known);
+      return executions.map(({ status = '', executionArn = '' }) => ({ status, arn: executionArn }));
+    }
+    if (Date.now() > deadline) throw new Error(`still running: ${JSON.stringify(executions)}`);
     await wait(200);
   }
 }
 
-async function runOf(
-  arn: string,
-): Promise<{ runId: string; input: string; output: Record<string, unknown> }> {
-  const { input = '', output = '{}' } = await stepFunctions.send(
-    new DescribeExecutionCommand({ executionArn: arn }),
+/** The only run of a study, as its run.json has it. */
+async function summaryOf(study: string): Promise<RunSummary> {
+  const bucket = aws.outputs.SilverBucket ?? '';
+  const { CommonPrefixes } = await s3.send(
+    new ListObjectsV2Command({ Bucket: bucket, Prefix: `runs/${study}-`, Delimiter: '/' }),
   );
-  const parsed = JSON.parse(output) as Record<string, unknown>;
-  return { runId: String(parsed.runId ?? ''), input, output: parsed };
+  expect(CommonPrefixes).toHaveLength(1);
+  const runId = CommonPrefixes?.[0]?.Prefix?.split('/')[1] ?? '';
+  return (await readJson(s3, { bucket, key: runJsonKey(runId) })) as RunSummary;
 }
 
 describe('one manifest version', () => {
-  it('sent again and again, at once and after the end, is one run with one set of results', async () => {
+  it('sent again and again, also after the end, is one run with one set of results', async () => {
     await drop('once');
     const [first] = await settled();
-    const { input, runId } = await runOf(first?.arn ?? '');
     expect(first?.status).toBe('SUCCEEDED');
-    const summary = await readJson(s3, {
-      bucket: aws.outputs.SilverBucket ?? '',
-      key: `runs/${runId}/run.json`,
-    });
+    const { input } = await stepFunctions.send(new DescribeExecutionCommand({ executionArn: first?.arn }));
+    const summary = await summaryOf('once');
+    expect(summary.state).toBe('SUCCEEDED');
 
     for (let i = 0; i < 3; i++) {
       await stepFunctions.send(
@@ -113,64 +113,83 @@ describe('one manifest version', () => {
         }),
       );
     }
-    const all = await settled();
-    expect(all).toHaveLength(4);
-    for (const { status } of all) expect(status).toBe('SUCCEEDED');
+    for (const { status } of await settled(3)) expect(status).toBe('SUCCEEDED');
     expect(jobNames).toHaveLength(1);
-    expect(
-      await readJson(s3, { bucket: aws.outputs.SilverBucket ?? '', key: `runs/${runId}/run.json` }),
-    ).toEqual(summary);
+    expect(await summaryOf('once')).toEqual(summary);
+  }, 120_000);
+
+  it('has its state transitions counted as Step Functions counts them', async () => {
+    await drop('counted', 'slide\nx.tiff\nx.tiff\ngone.svs\n');
+    const [ended] = await settled();
+    const { cost } = await summaryOf('counted');
+    expect(cost.transitions).toBe(aws.services.stepFunctions.transitions(ended?.arn ?? '').standard);
   }, 120_000);
 });
 
 describe('a job', () => {
-  const names = () => jobNames.splice(0);
-  const jobsOf = async (study: string) => {
-    names();
+  async function run(study: string): Promise<{ status: string | undefined; names: string[] }> {
+    jobNames.length = 0;
     await drop(study);
-    const ended = (await settled())[0];
-    const { runId, output } = await runOf(ended?.arn ?? '');
-    return { status: ended?.status, runId, output, names: names() };
-  };
+    const [ended] = await settled();
+    return { status: ended?.status, names: [...jobNames] };
+  }
 
   it('for which no machine is free is asked for again under a new name', async () => {
-    faults.push({ failureReason: 'CapacityError: Unable to provision requested ML compute capacity.' });
-    faults.push({ failureReason: 'CapacityError: Unable to provision requested ML compute capacity.' });
-    const { status, names: asked } = await jobsOf('capacity');
+    const failureReason = 'CapacityError: Unable to provision requested ML compute capacity.';
+    faults.push({ failureReason }, { failureReason });
+    const { status, names } = await run('capacity');
     expect(status).toBe('SUCCEEDED');
-    expect(asked.map((name) => name.split('-').at(-1))).toEqual(['1', '2', '3']);
+    expect(names.map((name) => name.split('-').at(-1))).toEqual(['1', '2', '3']);
   }, 120_000);
 
-  it('beyond the quota is asked for again under its own name', async () => {
+  it('beyond the quota is asked for again until there is room', async () => {
     faults.push({ createError: 'ResourceLimitExceeded' });
-    const { status, names: asked } = await jobsOf('quota');
+    const { status, names } = await run('quota');
     expect(status).toBe('SUCCEEDED');
-    expect(new Set(asked).size).toBe(1);
+    expect(names).toHaveLength(2);
+    expect(names[0]).toBe(names[1]);
+  }, 120_000);
+
+  it('that SageMaker throttles is asked for again', async () => {
+    faults.push({ createError: 'ThrottlingException' });
+    const { status, names } = await run('throttled');
+    expect(status).toBe('SUCCEEDED');
+    expect(names).toHaveLength(2);
   }, 120_000);
 
   it('that fails for another reason is not tried again, and its slides say why', async () => {
     faults.push({ failureReason: 'AlgorithmError: out of luck' });
-    const { status, names: asked } = await jobsOf('unlucky');
+    const { status, names } = await run('unlucky');
     expect(status).toBe('FAILED');
-    expect(asked).toHaveLength(1);
-    const messages = aws.services.sns;
-    expect(messages).toBeDefined();
+    expect(names).toHaveLength(1);
+    const summary = await summaryOf('unlucky');
+    expect(summary).toMatchObject({ state: 'FAILED', reason: { error: 'NoResults' } });
+    expect(summary.slides[0]).toMatchObject({ state: 'FAILED', reason: { error: 'JobFailed' } });
+    expect(summary.slides[0]?.reason?.message).toContain('out of luck');
   }, 120_000);
 
   it('is asked for as the service model of SageMaker wants it', () => {
-    const request = aws.services.sageMaker.requests?.();
-    expect(request).toBeDefined();
+    const names = readdirSync(work.path('state', 'jobs')).filter((name) => name.startsWith('slideway-dev-'));
+    const calls = names.map((name) => ({
+      service: 'sagemaker',
+      operation: 'CreateProcessingJob',
+      request: JSON.parse(readFileSync(work.path('state', 'jobs', name, 'job.json'), 'utf8'))
+        .request as unknown,
+    }));
+    expect(calls.length).toBeGreaterThan(2);
+    expect(serviceModelFindings(calls)).toEqual([]);
   });
 });
 
 it('a run of 100,000 slides keeps every state small', async () => {
   const rows = Array.from(
     { length: 100_000 },
-    (_, i) => `case-${i}/block-A/slide-with-a-rather-long-name-${i}.svs`,
+    (_, i) => `case-${i}/block-A/a-slide-with-a-rather-long-name-${i}.svs,C${i}`,
   );
-  await drop('many', `slide,case_id\n${rows.map((name, i) => `${name},C${i}`).join('\n')}\nx.tiff,C\n`);
-  const ended = (await settled())[0];
+  await drop('many', `slide,case_id\n${rows.join('\n')}\nx.tiff,C\n`);
+  const [ended] = await settled();
   expect(ended?.status).toBe('SUCCEEDED');
+  expect((await summaryOf('many')).counts).toEqual({ MISSING: 100_000, AGGREGATED: 1 });
   const largest = aws.services.stepFunctions.largestPayload(ended?.arn ?? '');
   expect(largest).toBeGreaterThan(100);
   expect(largest).toBeLessThan(8_192);

@@ -3,6 +3,7 @@ import { resolve } from 'node:path';
 import { GetObjectCommand, ListObjectsV2Command, PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
 import { DescribeExecutionCommand, ListExecutionsCommand, SFNClient } from '@aws-sdk/client-sfn';
 import { afterAll, describe, expect, it } from 'vitest';
+import { packageFolder } from '../../cli/setup/package.ts';
 import { startLocalAws } from '../../local/engine.ts';
 import type { Message } from '../../local/sns.ts';
 import { projectPython } from '../support/python.ts';

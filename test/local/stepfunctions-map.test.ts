@@ -167,7 +167,7 @@ describe('items', () => {
   });
 
   test('none at all is a success', async () => {
-    await put('items', '');
+    await put('items', '\n');
     expect((await run({ M: map({ ItemReader: reader({ InputType: 'JSONL' }) }) }, INPUT)).output).toEqual([]);
   });
 

@@ -7,7 +7,7 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'no
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
-import { PROJECT, venvFolder } from '../../cli/paths.ts';
+import { venvFolder } from '../../cli/paths.ts';
 import { packageFolder } from '../../cli/setup/package.ts';
 import { loadPackage } from '../../local/template.ts';
 import { projectPython } from '../support/python.ts';
