@@ -110,7 +110,7 @@ Example:
     .option('--new', 'run again, although nothing has changed')
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
-    .addHelpText('after', '\nExample:\n  slideway demo --slides 2 --size 4096x4096 --out /tmp/demo')
+    .addHelpText('after', '\nExample:\n  slideway demo --slides 2 --size 4096x4096 --out demo-results')
     .action(async (options: DemoOptions & Common) => {
       const { demo } = await import('./commands/demo.ts');
       end(await demo(options, streams(options), signal));

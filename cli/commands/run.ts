@@ -10,6 +10,7 @@ import type { RunItem, RunState } from '../../core/contracts.ts';
 import { ManifestInvalid } from '../../core/errors.ts';
 import { messageKey, runJsonKey } from '../../core/keys.ts';
 import { readJson } from '../../core/store.ts';
+import { attachLocalAws } from '../../local/engine.ts';
 import { type Deployment, openDeployment } from '../deployment.ts';
 import { findSlides, makeManifest, withModel } from '../manifest.ts';
 import { ModelVersionTaken, modelFor, registerModel } from '../models.ts';
@@ -75,33 +76,44 @@ export async function run(
         'To give µm per pixel (mpp), stain, ids or models, put your own repo.csv there.',
     );
   }
-  const deployment = await openDeployment(screen, {
-    folder: stateFolder(options.state),
-    stage: options.stage,
-  });
-  if (deployment.elsewhere !== undefined) {
-    screen.print(screen.paint('dim', `Using the local AWS that process ${deployment.elsewhere} runs.`));
-  }
-  let runId: string | undefined;
-  try {
-    await registerReference(deployment, screen);
-    const found = await start(study, options, deployment, screen, signal);
-    runId = found.runId;
-    const ended = await follow(deployment, runId, screen, signal);
-    return await finish(deployment, ended, options, streams, signal);
-  } catch (error) {
-    if (!signal.aborted) throw error;
-    screen.clear();
-    screen.print(
-      deployment.elsewhere === undefined
-        ? `Stopped${runId ? ` in run ${runId}` : ''}. The same command goes on from here.`
-        : `Process ${deployment.elsewhere} goes on with the run; the same command shows it again.`,
-    );
-    return EXIT.interrupted;
-  } finally {
-    await deployment.close();
+  const place = { folder: stateFolder(options.state), stage: options.stage };
+  let again = options;
+  for (;;) {
+    const deployment = await openDeployment(screen, place);
+    if (deployment.elsewhere !== undefined) {
+      screen.print(screen.paint('dim', `Using the local AWS that process ${deployment.elsewhere} runs.`));
+    }
+    let runId: string | undefined;
+    try {
+      await registerReference(deployment, screen);
+      const found = await start(study, again, deployment, screen, signal);
+      runId = found.runId;
+      const ended = await follow(deployment, runId, screen, signal);
+      return await finish(deployment, ended, options, streams, signal);
+    } catch (error) {
+      screen.clear();
+      if (signal.aborted) {
+        screen.print(farewell(deployment, runId));
+        return EXIT.interrupted;
+      }
+      if (!hasGone(deployment, place.folder)) throw error;
+      screen.print('The process that ran the local AWS has ended; going on here.');
+      // What was begun is gone on with, not begun once more.
+      if (runId !== undefined) again = { ...options, new: false };
+    } finally {
+      await deployment.close();
+    }
   }
 }
+
+/** Whether the local AWS of another process is no longer there. */
+const hasGone = ({ elsewhere }: Deployment, folder: string): boolean =>
+  elsewhere !== undefined && attachLocalAws(folder)?.pid !== elsewhere;
+
+const farewell = ({ elsewhere }: Deployment, runId: string | undefined): string =>
+  elsewhere === undefined
+    ? `Stopped${runId ? ` in run ${runId}` : ''}. The same command goes on from here.`
+    : `Process ${elsewhere} goes on with the run; the same command shows it again.`;
 
 /** Puts the reference model into the register, once. */
 async function registerReference({ s3, outputs, model }: Deployment, screen: Screen): Promise<void> {

@@ -3,6 +3,9 @@ import { spawn } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { buffer } from 'node:stream/consumers';
+import { gzipSync } from 'node:zlib';
+import { pack } from 'tar-stream';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { exitCodeOf, readStudy, studyName } from '../../cli/commands/run.ts';
 import { pick } from '../../cli/commands/show.ts';
@@ -44,6 +47,18 @@ function study(name: string, files: Record<string, string>): string {
   mkdirSync(path, { recursive: true });
   for (const [file, text] of Object.entries(files)) writeFileSync(join(path, file), text);
   return path;
+}
+
+async function writePackage(path: string, weights: string): Promise<void> {
+  const model = {
+    ...{ name: 'own', version: '1.0.0', license: 'none', task: 'regression', outputs: ['share'] },
+    ...{ tile: { px: 256, mpp: 0.5 }, input: { mean: [0, 0, 0], std: [1, 1, 1] }, mode: 'processing' },
+  };
+  const tar = pack();
+  tar.entry({ name: 'model.json' }, JSON.stringify(model));
+  tar.entry({ name: 'model.pt' }, weights);
+  tar.finalize();
+  writeFileSync(path, gzipSync(await buffer(tar as AsyncIterable<Buffer>)));
 }
 
 describe('Options', () => {
@@ -140,6 +155,21 @@ describe.skipIf(!readyPython())('With the local AWS', () => {
     const { code, err } = await slideway(['run', study('model', { 'a.svs': 'x' }), '--model', 'tumour@9']);
     expect(err).toMatch(/--model: No model `tumour@9` is registered/);
     expect(code).toBe(2);
+  });
+
+  it('a package is registered and named in the manifest; its version never changes', async () => {
+    const path = study('own-model', { 'repo.csv': 'slide\ngone.svs\n' });
+    const file = join(path, 'model.tar.gz');
+    await writePackage(file, 'some weights');
+    const first = await slideway(['run', path, '--model', file, '--json']);
+    expect(first.code).toBe(1);
+    expect(JSON.parse(first.out).run.state).toBe('FAILED');
+    const byName = await slideway(['run', path, '--model', 'own@1.0.0']);
+    expect(byName.err).toContain('Nothing has changed since the run');
+    await writePackage(file, 'other weights');
+    const second = await slideway(['run', path, '--model', file]);
+    expect(second.err).toMatch(/own 1\.0\.0 is registered with other content .*raise "version"/);
+    expect(second.code).toBe(2);
   });
 
   it('a manifest that is none is a run that failed, with the reason', async () => {

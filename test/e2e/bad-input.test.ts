@@ -1,5 +1,4 @@
 /** What people drop by mistake: each has its named error on record, and the rest goes on. */
-import { execFileSync } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { buffer } from 'node:stream/consumers';
@@ -7,7 +6,7 @@ import { gzipSync } from 'node:zlib';
 import { pack } from 'tar-stream';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { drawSlide, python, readSummary, states, Workplace } from './support.ts';
+import { drawSlide, readSummary, runPython, states, Workplace } from './support.ts';
 
 const work = new Workplace();
 
@@ -30,6 +29,12 @@ const descriptor = (changes: object) =>
     mode: 'processing',
     ...changes,
   });
+
+/** Glass without tissue. */
+const BLANK = `
+import sys, numpy, tifffile
+tifffile.imwrite(sys.argv[1], numpy.full((1024, 1024, 3), 245, "uint8"), tile=(256, 256), photometric="rgb")
+`;
 
 /** TorchScript that fails on every tile. */
 const RAISING = `
@@ -75,22 +80,19 @@ describe('a file that is no manifest fails the run with its reason', () => {
       const summary = readSummary(out);
       expect(summary).toMatchObject({ state: 'FAILED', reason: { error: 'ManifestInvalid' }, slides: [] });
       expect(summary.reason?.message).toMatch(message);
-      expect(readFileSync(join(out, 'report/index.html'), 'utf8')).toContain('FAILED');
+      expect(readFileSync(join(out, 'report/index.html'), 'utf8')).toMatch(/class="chip bad">Failed/);
     },
     60_000,
   );
 });
 
 it('rows and slides of every bad kind end with their own reason beside a good one', async () => {
-  const blank = execFileSync(python, [
-    '-c',
-    'import sys,numpy,tifffile;tifffile.imwrite(sys.stdout.buffer,numpy.full((1024,1024,3),245,"uint8"),tile=(256,256),photometric="rgb")',
-  ]);
+  runPython(work, BLANK, work.path('blank.tiff'));
   const { code, out, stderr } = await run('bad rows', {
     'good.tiff': { copy: slide },
     'a/same.tiff': { copy: slide },
     'b/same.tiff': { copy: slide },
-    'blank.tiff': blank,
+    'blank.tiff': { copy: work.path('blank.tiff') },
     'empty.svs': '',
     'text.svs': 'this is no slide',
     'cut.tiff': readFileSync(slide).subarray(0, 20_000),
@@ -171,7 +173,7 @@ describe('a model package', () => {
   }, 60_000);
 
   it('whose weights do not load, or that raises, fails its own slides and no others', async () => {
-    execFileSync(python, ['-c', RAISING, work.path('raises.pt')]);
+    runPython(work, RAISING, work.path('raises.pt'));
     const raises = await archive({
       'model.json': descriptor({ name: 'raises' }),
       'model.pt': readFileSync(work.path('raises.pt')),

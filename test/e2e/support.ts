@@ -19,6 +19,13 @@ export function drawSlide(path: string, size = '1024x1024', seed = 0): void {
   });
 }
 
+/** Runs a Python program of the project's environment; from a file, because TorchScript reads its source. */
+export function runPython(work: Workplace, program: string, ...args: string[]): void {
+  const path = work.path('program.py');
+  writeFileSync(path, program);
+  execFileSync(python, ['-B', path, ...args], { stdio: 'pipe' });
+}
+
 export interface Ended {
   code: number | null;
   signal: NodeJS.Signals | null;
@@ -50,8 +57,8 @@ export class Workplace {
     for (const [path, content] of Object.entries(files)) {
       const target = join(folder, path);
       mkdirSync(dirname(target), { recursive: true });
-      if (typeof content === 'object' && 'copy' in content) cpSync(content.copy, target, { recursive: true });
-      else writeFileSync(target, content);
+      if (typeof content === 'string' || content instanceof Uint8Array) writeFileSync(target, content);
+      else cpSync(content.copy, target, { recursive: true });
     }
     return folder;
   }

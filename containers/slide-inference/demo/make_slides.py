@@ -76,9 +76,7 @@ TISSUES = (
 # --- noise ------------------------------------------------------------------------------------------------
 
 
-def resized(
-    field: Field, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
-) -> Field:
+def resized(field: Field, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Field:
     """`field` (or the part in `box`) at `size` (width, height), bicubic."""
     image = Image.fromarray(field).resize(size, Image.Resampling.BICUBIC, box=box)
     return np.asarray(image, np.float32)
@@ -193,9 +191,7 @@ def islands(rng: np.random.Generator, width: int, height: int) -> Field:
     return distance + 10 * noise(rng, width, height, 90 / PLAN_UM, 3)
 
 
-def scatter(
-    rng: np.random.Generator, width_um: float, height_um: float, spacing: float, jitter: float
-) -> Field:
+def scatter(rng: np.random.Generator, width_um: float, height_um: float, spacing: float, jitter: float) -> Field:
     """Points (n, 2) of x, y in µm on a jittered hexagonal grid."""
     columns, rows = int(width_um / spacing) + 1, int(height_um / (spacing * 0.866)) + 1
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32)
@@ -358,9 +354,7 @@ def stamp(rng: np.random.Generator, kind: str, angle: float, mpp: float) -> Fiel
     if kind == "fibroblast":
         v = v + 0.12 * b * np.sin(u / a * 2 + rng.uniform(0, 6))
     t = np.arctan2(v / b, u / a)
-    outline = 1 + sum(
-        rng.uniform(-0.09, 0.09) / (k - 1) * np.cos(k * t + rng.uniform(0, 6)) for k in (2, 3, 4)
-    )
+    outline = 1 + sum(rng.uniform(-0.09, 0.09) / (k - 1) * np.cos(k * t + rng.uniform(0, 6)) for k in (2, 3, 4))
     radius = np.sqrt((u / a) ** 2 + (v / b) ** 2) / outline
     softness = 0.9 / min(a, b)
     inside = smoothstep(1 + softness, 1 - softness, radius)
@@ -397,9 +391,7 @@ def at(field: Field, x: Field, y: Field) -> Field:
     return field[rows, columns]
 
 
-def place_cells(
-    rng: np.random.Generator, plan: Plan, kind: Tissue, size: tuple[int, int], mpp: float
-) -> Cells:
+def place_cells(rng: np.random.Generator, plan: Plan, kind: Tissue, size: tuple[int, int], mpp: float) -> Cells:
     """Puts nuclei where tissue has them: in rows along glands, packed in nests, along fibres, in crowds."""
     width_um, height_um = size[0] * mpp, size[1] * mpp
     found: list[tuple[Field, Field, Field, int]] = []
@@ -755,9 +747,7 @@ def make_slide(path: Path, seed: int, size: tuple[int, int] = (8192, 6144), mpp:
             for level in range(1, LEVELS):
                 if level > 1:
                     image = reduced(image)
-                tiff.add(
-                    tiles_of(image), image.shape[1], image.shape[0], mpp * REDUCTION**level, smaller=True
-                )
+                tiff.add(tiles_of(image), image.shape[1], image.shape[0], mpp * REDUCTION**level, smaller=True)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
