@@ -293,7 +293,7 @@ function numbers({ outputs }: ResultSummary): string {
   const columns = AGGREGATES.filter((aggregate) => used.has(aggregate));
   const more = rows.size - OUTPUTS_PER_CARD;
   return `<div class="scroll"><table class="numbers"><thead><tr>${columns
-    .map((aggregate) => `<th>${aggregate.replaceAll('_', ' ').replace('top k', 'top-k')}</th>`)
+    .map((aggregate) => `<th>${aggregate.replace('top_k_mean', 'top-k')}</th>`)
     .join('')}</tr></thead><tbody>
 ${[...rows]
   .slice(0, OUTPUTS_PER_CARD)

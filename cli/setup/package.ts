@@ -81,6 +81,8 @@ export async function ensurePackage(screen: Screen, stage: string): Promise<stri
         ['package', '--stage', stage, '--package', relative(PROJECT, made)],
         {
           cwd: PROJECT,
+          // A bundle that does not build leaves the framework waiting for ever.
+          timeoutMs: 180_000,
           env: {
             ...process.env,
             PATH: `${bin}${delimiter}${process.env.PATH}`,

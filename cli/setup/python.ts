@@ -10,13 +10,14 @@ import { mkdir, readdir, rm, writeFile } from 'node:fs/promises';
 import { arch, platform } from 'node:os';
 import { dirname, join } from 'node:path';
 import { z } from 'zod';
-import { CONTAINER, venvFolder, venvPython } from '../paths.ts';
+import { CONTAINER, PROJECT, venvFolder, venvPython } from '../paths.ts';
 import { bytes, type Screen, UserError } from '../terminal.ts';
 import { CommandFailed, command } from './command.ts';
 
 const MARKER = 'slideway-setup.json';
 const CONSTRAINTS = join(import.meta.dirname, 'constraints.txt');
 const PYPROJECT = join(CONTAINER, 'pyproject.toml');
+const TEST_REQUIREMENTS = join(PROJECT, 'test', 'template', 'requirements.txt');
 /** In the order of preference; the first that runs and is new enough. */
 const INTERPRETERS = ['python3.13', 'python3.12', 'python3.11', 'python3', '/usr/bin/python3'];
 const OLDEST: [number, number] = [3, 11];
@@ -62,6 +63,7 @@ function wantedHash(): string {
   return createHash('sha256')
     .update(project.replace(/^version = .*$/m, ''))
     .update(readFileSync(CONSTRAINTS))
+    .update(readFileSync(TEST_REQUIREMENTS))
     .digest('hex');
 }
 
@@ -199,7 +201,7 @@ print(json.dumps({"base": project["dependencies"], "native": extras.get("native"
   const lists = z
     .object({ base: z.array(z.string()), native: z.array(z.string()), test: z.array(z.string()) })
     .parse(JSON.parse(line));
-  return [...lists.base, ...lists.native, ...(test ? lists.test : [])];
+  return [...lists.base, ...lists.native, ...(test ? [...lists.test, '-r', TEST_REQUIREMENTS] : [])];
 }
 
 /** Installs with pip; answers why not, where the index has not what is needed. */
