@@ -139,6 +139,16 @@ export const slideSourceSchema = z.object({
 });
 export type SlideSource = z.infer<typeof slideSourceSchema>;
 
+/** What the catalogue was found to know of a slide. Ids are digits, as the catalogue's own. */
+export const catalogueEntrySchema = z.object({
+  known: z.boolean(),
+  repositoryId: z.string().optional(),
+  imageId: z.string().optional(),
+  /** Why it is not known, or what of its entry could not be used; no names, no values. */
+  reason: reasonSchema.optional(),
+});
+export type CatalogueEntry = z.infer<typeof catalogueEntrySchema>;
+
 /** A line of `runs/<runId>/plan/slides.jsonl`: one per row of the manifest. */
 export const plannedSlideSchema = z.object({
   /** Line of the manifest, the header being 1. */
@@ -157,8 +167,10 @@ export const plannedSlideSchema = z.object({
   mppSource: z.enum(['manifest', 'catalogue']).optional(),
   /** Names of the models to run. */
   models: z.array(z.string()),
-  /** Every further column of the manifest. */
+  /** Every further column of the manifest, and the fields kept from the catalogue; the manifest's own win. */
   metadata: z.record(z.string(), z.string()),
+  /** Absent where the stage has no catalogue, or the row was not looked up. */
+  catalogue: catalogueEntrySchema.optional(),
 });
 export type PlannedSlide = z.infer<typeof plannedSlideSchema>;
 
@@ -168,6 +180,20 @@ export interface Plan {
   codeVersion: string;
   models: (ModelRef & { model: Model })[];
   counts: Partial<Record<SlideState, number>>;
+  /** Absent where the stage has no catalogue. */
+  catalogue?: CatalogueSummary;
+}
+
+/** What came of asking the catalogue for a run's slides. */
+export interface CatalogueSummary {
+  kind: 'concentriq';
+  /** Slides asked for, and those of them it knows. */
+  asked: number;
+  known: number;
+  /** How often each reason was given, by its error. */
+  reasons: Record<string, number>;
+  /** Why the run goes on without the catalogue. */
+  warning?: Reason;
 }
 
 // --- ingestion --------------------------------------------------------------------------------------------------
@@ -223,6 +249,8 @@ export const inferenceJobSchema = z.object({
   jobName: z.string(),
   shardsUri: z.string(),
   modelUri: z.string(),
+  /** `sha256:<hex>` of the package at `modelUri`, for the record. */
+  modelDigest: z.string().optional(),
   slides: z.number().int(),
   instanceCount: z.number().int(),
   instanceType: z.string(),
@@ -405,6 +433,36 @@ export interface JobItem {
   instanceType: string;
   instanceCount: number;
   instanceSeconds: number;
+}
+
+/**
+ * A heatmap on an image of the catalogue, in the state table: `pk = IMAGE#<host>/<imageId>`,
+ * `sk = OVERLAY#<model>#<version>#<sha256 of heatmap.png>`. Not under a run, because a picture that lies on the image
+ * is not put there again by another run.
+ */
+export interface OverlayItem {
+  /** CREATED in the catalogue, without its picture yet. */
+  state: 'CREATED' | 'PUSHED' | 'FAILED';
+  /** The catalogue's id, once it has given one. */
+  overlayId?: string;
+  reason?: Reason;
+  runId: string;
+  slideId: string;
+  updatedAt: string;
+}
+
+/** `runs/<runId>/overlays.json`: how far the pushing of a run's heatmaps has come. */
+export interface OverlayProgress {
+  runId: string;
+  done: boolean;
+  /** Line of the manifest up to which all slides are done. */
+  line: number;
+  /** `present` were there already. */
+  counts: { pushed: number; present: number; failed: number };
+  /** The first failures. */
+  failures: { slideId: string; model: string; reason: Reason }[];
+  /** Why it was given up before the end. */
+  reason?: Reason;
 }
 
 /** `runs/<runId>/run.json`. */

@@ -16,6 +16,7 @@ import {
 import { forEachConcurrently } from './concurrency.ts';
 import type { BronzeFile } from './contracts.ts';
 import { ChecksumMismatch, isNotFound, NameTaken, SlideChanged } from './errors.ts';
+import type { LineageObject } from './lineage.ts';
 
 const MiB = 2 ** 20;
 /** CopyObject takes objects up to 5 GB; larger ones go part by part. */
@@ -42,6 +43,9 @@ export interface CopyLimits {
   partSize: number;
 }
 
+/** What stands in Bronze, and what it is a copy of: version and checksum as S3 had them. */
+export type Copied = BronzeFile & { source: LineageObject };
+
 /** Byte ranges of the parts of an object: as small as `partSize` allows, at most 10,000. */
 export function partRanges(size: number, partSize = PART_SIZE): { first: number; last: number }[] {
   const length = Math.max(partSize, Math.ceil(size / MAX_PARTS / MiB) * MiB);
@@ -62,10 +66,11 @@ export async function copyObject(
   source: CopySource,
   target: CopyTarget,
   limits: CopyLimits = { copyObjectLimit: COPY_OBJECT_LIMIT, partSize: PART_SIZE },
-): Promise<BronzeFile> {
+): Promise<Copied> {
   const before = await headSource(s3, source);
+  const from = sourceOf(source, before);
   const there = await head(s3, target);
-  if (there) return sameContent(before, there, target);
+  if (there) return { ...sameContent(before, there, target), source: from };
   try {
     if ((before.ContentLength ?? 0) <= limits.copyObjectLimit) await copyWhole(s3, source, before, target);
     else await copyInParts(s3, source, before, target, limits.partSize);
@@ -76,13 +81,23 @@ export async function copyObject(
     await headSource(s3, source);
     const other = await head(s3, target);
     if (!other) throw error;
-    return sameContent(before, other, target);
+    return { ...sameContent(before, other, target), source: from };
   }
   const after = await head(s3, target);
   if (!after) throw new ChecksumMismatch(`${target.key} is not in Bronze after its copy`);
   verify(before, after, target.key, ChecksumMismatch);
-  return describe(target.key, after);
+  return { ...describe(target.key, after), source: from };
 }
+
+const sourceOf = (
+  { bucket, key }: CopySource,
+  { VersionId, ChecksumCRC64NVME, ETag }: HeadObjectCommandOutput,
+): LineageObject => ({
+  bucket,
+  key,
+  ...(VersionId && { versionId: VersionId }),
+  checksum: ChecksumCRC64NVME ? `crc64nvme:${ChecksumCRC64NVME}` : `etag:${ETag?.replaceAll('"', '')}`,
+});
 
 async function headSource(s3: S3Client, source: CopySource): Promise<HeadObjectCommandOutput> {
   const found = await head(s3, source);

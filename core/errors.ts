@@ -32,6 +32,17 @@ export class ModelPackageInvalid extends SlidewayError {}
 /** The package asks for a mode that this version does not run. */
 export class ModelModeNotSupported extends SlidewayError {}
 
+/** The catalogue could not be reached, or failed again and again. */
+export class CatalogueUnavailable extends SlidewayError {}
+/** The catalogue does not take our credentials, or grants them too little. */
+export class CatalogueRefused extends SlidewayError {}
+/** The catalogue answered, but not as the catalogue that it should be. */
+export class CatalogueInvalid extends SlidewayError {}
+/** The catalogue has no such thing. */
+export class CatalogueNotFound extends SlidewayError {}
+/** The stage's configuration of the catalogue, or its secret, cannot be used. */
+export class CatalogueMisconfigured extends SlidewayError {}
+
 /** A slide's file changed or vanished between plan and copy. */
 export class SlideChanged extends SlidewayError {}
 /** A slide of no bytes. */

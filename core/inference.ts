@@ -5,7 +5,6 @@ import { forEachConcurrently } from './concurrency.ts';
 import type {
   InferenceJob,
   InferenceSlide,
-  ObjectRef,
   Plan,
   PlannedSlide,
   RunContext,
@@ -14,9 +13,9 @@ import type {
   SlideItem,
 } from './contracts.ts';
 import { inferenceKey, jobPrefix, planKey, shardKey, slidesKey, slidesPrefix } from './keys.ts';
-import type { Lineage } from './lineage.ts';
+import { contentId, type Lineage } from './lineage.ts';
 import type { StateTable } from './state.ts';
-import { readJson, readLines, writeJson, writeLines } from './store.ts';
+import { readJson, readLines, type Written, writeJson, writeLines } from './store.ts';
 
 export interface InferenceConfig {
   /** Jobs of this deployment are named `<jobPrefix>-…`. */
@@ -42,7 +41,7 @@ const TAKES_PART = new Set(['INGESTED', 'INFERRING']);
 export async function planInference(
   run: RunContext,
   { s3, state, lineage, silverBucket, config }: InferenceDependencies,
-): Promise<{ jobs: InferenceJob[]; slides: ObjectRef }> {
+): Promise<{ jobs: InferenceJob[]; slides: Written }> {
   const { runId } = run;
   const plan = (await readJson(s3, { bucket: silverBucket, key: planKey(runId) })) as Plan;
   const items = new Map<string, SlideItem>();
@@ -69,6 +68,7 @@ export async function planInference(
   }
 
   const jobs: InferenceJob[] = [];
+  const shardObjects: Written[] = [];
   for (const { model, ...ref } of plan.models) {
     const group = ofModel.get(ref.name);
     if (!group) continue;
@@ -85,7 +85,8 @@ export async function planInference(
         output: { bucket: silverBucket, prefix: slidesPrefix(runId) },
         slides: part,
       };
-      await writeJson(s3, { bucket: silverBucket, key: shardKey(runId, ref.name, shard) }, document);
+      const key = shardKey(runId, ref.name, shard);
+      shardObjects.push(await writeJson(s3, { bucket: silverBucket, key }, document));
     });
     jobs.push({
       model: ref.name,
@@ -93,6 +94,7 @@ export async function planInference(
       jobName: jobNameOf(config.jobPrefix, runId, ref.name),
       shardsUri: `s3://${silverBucket}/${jobPrefix(runId, ref.name)}`,
       modelUri: `s3://${ref.bucket}/${ref.key}`,
+      modelDigest: ref.digest,
       slides: group.length,
       instanceCount: shards.length,
       instanceType: config.instanceType,
@@ -104,18 +106,22 @@ export async function planInference(
   await forEachConcurrently(slides, 32, async ({ slideId }) => {
     await state.transition(runId, slideId, 'INFERRING', {});
   });
+  // Shards are written side by side, in no order.
+  const outputs = [written, ...shardObjects.sort((a, b) => (a.key < b.key ? -1 : 1))];
   await lineage.append(
     { runId },
     {
-      id: `${runId}/inference-planned`,
+      id: `${runId}/inference-planned/${contentId(outputs)}`,
       runId,
       action: 'INFERENCE_PLANNED',
-      outputs: [written],
+      outputs,
       parameters: {
-        jobs: jobs.map(({ jobName, model, version, instanceCount }) => ({
+        ...run.parameters,
+        jobs: jobs.map(({ jobName, model, version, modelDigest, instanceCount }) => ({
           jobName,
           model,
           version,
+          modelDigest,
           instanceCount,
         })),
       },

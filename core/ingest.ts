@@ -12,7 +12,7 @@ import type {
 } from './contracts.ts';
 import { type CopyLimits, type CopySource, copyObject } from './copy.ts';
 import { NameTaken, reasonOf, ServiceUnavailable, SlideChanged, SlidewayError, Throttled } from './errors.ts';
-import type { Lineage } from './lineage.ts';
+import type { Lineage, LineageObject } from './lineage.ts';
 import type { StateTable } from './state.ts';
 
 const FILE_CONCURRENCY = 8;
@@ -46,11 +46,7 @@ export async function ingestSlide(
         id: `${runId}/ingested`,
         runId,
         action: 'SLIDE_INGESTED',
-        inputs: sources.map(({ bucket, key, etag }) => ({
-          bucket,
-          key,
-          ...(etag && { checksum: `etag:${etag}` }),
-        })),
+        inputs: sources,
         outputs: bronze.files.map((file) => ({ bucket: bronze.bucket, ...lineageOf(file) })),
         parameters: { study: run.study, slide: slide.slide, checksum: bronze.checksum },
       },
@@ -89,11 +85,12 @@ async function copySlide(
   source: SlideSource,
   target: { prefix: string; name: string },
   { s3, bronzeBucket, limits }: IngestDependencies,
-): Promise<{ bronze: BronzeSlide; sources: CopySource[] }> {
+): Promise<{ bronze: BronzeSlide; sources: LineageObject[] }> {
   const planned = await sourceFiles(s3, source);
   const files: BronzeFile[] = new Array(planned.length);
+  const sources: LineageObject[] = new Array(planned.length);
   await forEachConcurrently([...planned.entries()], FILE_CONCURRENCY, async ([index, { etag, ...file }]) => {
-    files[index] = await copyObject(
+    const { source: from, ...copied } = await copyObject(
       s3,
       { bucket: source.bucket, key: file.key, etag },
       {
@@ -103,11 +100,13 @@ async function copySlide(
       },
       limits,
     );
+    files[index] = copied;
+    sources[index] = from;
   });
   const main = files[0];
   if (!main) throw new SlideChanged(`${source.key} has no files any more. Copy it to Landing again.`);
   return {
-    sources: planned,
+    sources,
     bronze: {
       bucket: bronzeBucket,
       key: main.key,

@@ -7,7 +7,15 @@ export interface JobOutcome {
   run: RunContext;
   job: InferenceJob;
   attempt: number;
-  done?: { jobName: string; startTime: string | number; endTime: string | number } | undefined;
+  done?:
+    | {
+        jobName: string;
+        startTime: string | number;
+        endTime: string | number;
+        imageUri?: string | undefined;
+        roleArn?: string | undefined;
+      }
+    | undefined;
   failure?: { error: string; cause: string } | undefined;
 }
 
@@ -20,6 +28,8 @@ export async function recordJob(
   const start = done?.startTime ?? description.ProcessingStartTime;
   const end = done?.endTime ?? description.ProcessingEndTime;
   const jobName = `${job.jobName}-${attempt}`;
+  const imageUri = done?.imageUri ?? imageOf(description);
+  const roleArn = done?.roleArn ?? description.RoleArn;
   const item: JobItem = {
     jobName,
     model: job.model,
@@ -43,8 +53,16 @@ export async function recordJob(
         jobName,
         model: job.model,
         version: job.version,
+        modelDigest: job.modelDigest,
+        modelUri: job.modelUri,
+        shardsUri: job.shardsUri,
+        imageUri,
+        imageDigest: imageDigest(imageUri),
+        roleArn,
         instanceType: job.instanceType,
         instanceCount: job.instanceCount,
+        startedAt: isoTime(start),
+        endedAt: isoTime(end),
       },
     },
   );
@@ -98,6 +116,21 @@ function parseCause(cause: string): Record<string, unknown> {
     return {};
   }
 }
+
+/** The image that a job's description names. */
+function imageOf({ AppSpecification: app }: Record<string, unknown>): string | undefined {
+  const uri = app !== null && typeof app === 'object' ? (app as Record<string, unknown>).ImageUri : undefined;
+  return typeof uri === 'string' ? uri : undefined;
+}
+
+/** The digest of an image that is named by it; SageMaker tells of no other. */
+const imageDigest = (uri: string | undefined): string | undefined =>
+  /@(sha256:[0-9a-f]{64})$/.exec(uri ?? '')?.[1];
+
+const isoTime = (time: unknown): string | undefined => {
+  const date = new Date(time as string | number);
+  return time === undefined || Number.isNaN(date.getTime()) ? undefined : date.toISOString();
+};
 
 function jobReason(
   { error, cause }: { error: string; cause: string },

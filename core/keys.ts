@@ -23,4 +23,7 @@ export const reportKey = (runId: string) => `${reportPrefix(runId)}index.html`;
 /** The message that went out when the run ended; written once it is sent. */
 export const messageKey = (runId: string) => `${runPrefix(runId)}message.json`;
 
+/** How far the pushing of heatmaps to the catalogue has come. */
+export const overlaysKey = (runId: string) => `${runPrefix(runId)}overlays.json`;
+
 export const modelKey = (name: string, version: string) => `models/${name}/${version}/model.tar.gz`;

@@ -40,9 +40,17 @@ export interface LineageItem extends LineageEvent {
   hash: string;
 }
 
+/** The part of an event's id that stands for what it made: other content is another event. */
+export const contentId = (outputs: readonly { key: string; checksum?: string | undefined }[]): string =>
+  createHash('sha256')
+    .update(canonicalJson(outputs.map(({ key, checksum }) => [key, checksum ?? null])))
+    .digest('hex')
+    .slice(0, 12);
+
 export type LineageSubject = { slideId: string } | { runId: string };
 
-const FIRST = '0'.repeat(64);
+/** Stands for the hash before the first event. */
+export const FIRST_HASH = '0'.repeat(64);
 const ATTEMPTS = 20;
 
 export const lineagePk = (subject: LineageSubject): string =>
@@ -98,7 +106,7 @@ export class Lineage {
         ...event,
         actor: this.#actor,
         codeVersion: this.#codeVersion,
-        prevHash: last?.hash ?? FIRST,
+        prevHash: last?.hash ?? FIRST_HASH,
       };
       // Through JSON, so that what is hashed is what is stored: no undefined members.
       const item = JSON.parse(canonicalJson(unsigned)) as Omit<LineageItem, 'hash'>;

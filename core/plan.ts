@@ -4,7 +4,6 @@ import { paginateListObjectsV2, type S3Client } from '@aws-sdk/client-s3';
 import type {
   Model,
   ModelRef,
-  ObjectRef,
   Plan,
   PlannedSlide,
   Reason,
@@ -14,11 +13,11 @@ import type {
 } from './contracts.ts';
 import { classify, ManifestGone, reasonOf, SlidewayError, TooManyModels } from './errors.ts';
 import { bronzePrefix, planKey, slidesKey } from './keys.ts';
-import type { Lineage } from './lineage.ts';
+import { contentId, type Lineage } from './lineage.ts';
 import { type ManifestRow, parseManifest, splitModels } from './manifest.ts';
 import { resolveModel } from './models.ts';
 import type { StateTable } from './state.ts';
-import { readBytes, writeJson, writeLines } from './store.ts';
+import { readBytes, sha256, type Written, writeJson, writeLines } from './store.ts';
 
 /** A run has a job for every model, and the state machine carries the list of jobs. */
 export const MAX_MODELS = 20;
@@ -35,7 +34,7 @@ export interface PlanDependencies {
 export async function planRun(
   run: RunContext,
   { s3, state, lineage, silverBucket, modelsBucket, codeVersion }: PlanDependencies,
-): Promise<{ slides: ObjectRef; total: number; expected: number }> {
+): Promise<{ slides: Written; total: number; expected: number }> {
   const bytes = await readBytes(s3, run.manifest);
   if (!bytes)
     throw new ManifestGone(`${run.manifest.key} is no longer in Landing as it was when the run began.`);
@@ -53,21 +52,31 @@ export async function planRun(
     models: [...models.values()].filter((found) => 'model' in found).filter(({ name }) => used.has(name)),
     counts,
   };
-  await writeJson(s3, { bucket: silverBucket, key: planKey(run.runId) }, plan);
+  const head = await writeJson(s3, { bucket: silverBucket, key: planKey(run.runId) }, plan);
   const written = await writeLines(s3, { bucket: silverBucket, key: slidesKey(run.runId) }, slides);
   await state.updateRun(run.runId, { counts });
   await lineage.append(
     { runId: run.runId },
     {
-      id: `${run.runId}/planned`,
+      id: `${run.runId}/planned/${contentId([head, written])}`,
       runId: run.runId,
       action: 'RUN_PLANNED',
       inputs: [
-        { ...run.manifest, checksum: `sha256:${createHash('sha256').update(bytes).digest('hex')}` },
-        ...plan.models.map(({ bucket, key, digest }) => ({ bucket, key, checksum: digest })),
+        {
+          bucket: run.manifest.bucket,
+          key: run.manifest.key,
+          versionId: run.manifest.versionId,
+          checksum: sha256(bytes),
+        },
+        ...plan.models.map(({ bucket, key, versionId, digest }) => ({
+          bucket,
+          key,
+          versionId,
+          checksum: digest,
+        })),
       ],
-      outputs: [written],
-      parameters: { counts },
+      outputs: [head, written],
+      parameters: { ...run.parameters, defaultModel: run.defaultModel, counts },
     },
   );
   return { slides: written, total: slides.length, expected: counts.EXPECTED ?? 0 };

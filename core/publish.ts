@@ -4,8 +4,6 @@
  * end, and the message goes out once it is not on record as sent.
  */
 
-import { createHash } from 'node:crypto';
-
 import type { S3Client } from '@aws-sdk/client-s3';
 import { PublishCommand, type SNSClient } from '@aws-sdk/client-sns';
 import { z } from 'zod';
@@ -13,7 +11,6 @@ import { z } from 'zod';
 import { objectCreatedSchema } from './claim.ts';
 import {
   type JobItem,
-  type ObjectRef,
   type Plan,
   type PlannedSlide,
   type Reason,
@@ -32,7 +29,7 @@ import {
   runJsonKey,
   slidesKey,
 } from './keys.ts';
-import type { Lineage, LineageObject } from './lineage.ts';
+import { contentId, type Lineage } from './lineage.ts';
 import { addCounts } from './metering.ts';
 import {
   claimMessage,
@@ -55,7 +52,10 @@ import {
   slideRow,
 } from './results.ts';
 import type { StateTable } from './state.ts';
-import { readJson, readLines, writeJson, writeObject, writeText } from './store.ts';
+import { readJson, readLines, type Written, writeJson, writeObject, writeText } from './store.ts';
+
+/** Pages of the report whose checksums go on record; the rest says what run.json says, which is on record. */
+const PAGES_ON_RECORD = 100;
 
 const failureSchema = z.object({ stage: z.string(), error: z.string(), cause: z.string().default('') });
 export type Failure = z.infer<typeof failureSchema>;
@@ -155,17 +155,19 @@ async function publishRun(
     yield* rows(isProblem);
     yield* rows((row) => !isProblem(row));
   }
-  const csv = await writeHashed(
+  const csv = await writeText(
     s3,
     { bucket: silver, key: resultsCsvKey(runId) },
     resultsCsv(rows(), plan?.models ?? []),
     'text/csv; charset=utf-8',
   );
+  const pages: Written[] = [];
   for await (const { name, html } of reportPages(head, problemsFirst())) {
     const page = { bucket: silver, key: `${reportPrefix(runId)}${name}` };
-    await writeObject(s3, page, html, 'text/html; charset=utf-8');
+    const object = await writeObject(s3, page, html, 'text/html; charset=utf-8');
+    if (pages.length < PAGES_ON_RECORD) pages.push(object);
   }
-  const summary = await writeHashed(
+  const summary = await writeText(
     s3,
     { bucket: silver, key: runJsonKey(runId) },
     runJson(head, rows()),
@@ -181,12 +183,16 @@ async function publishRun(
   await lineage.append(
     { runId },
     {
-      id: `${runId}/published`,
+      id: `${runId}/published/${contentId([summary, csv])}`,
       runId,
       action: `RUN_${head.state}`,
       ...(head.reason && { reason: `${head.reason.error}: ${head.reason.message}` }),
-      outputs: [summary, csv],
-      parameters: { counts: head.counts },
+      outputs: [summary, csv, ...pages],
+      parameters: {
+        ...run.parameters,
+        counts: head.counts,
+        models: head.models.map(({ name, version, digest }) => ({ name, version, digest })),
+      },
     },
   );
   await announce(head, tally.problems, deps);
@@ -306,25 +312,7 @@ function jobWithoutKeys({
   };
 }
 
-// --- writing and telling ----------------------------------------------------------------------------------------
-
-/** Writes the text as it is made, and says what was written with its SHA-256. */
-async function writeHashed(
-  s3: S3Client,
-  ref: ObjectRef,
-  chunks: AsyncIterable<string>,
-  contentType: string,
-): Promise<LineageObject> {
-  const hash = createHash('sha256');
-  async function* hashed() {
-    for await (const chunk of chunks) {
-      hash.update(chunk);
-      yield chunk;
-    }
-  }
-  const { bucket, key, versionId } = await writeText(s3, ref, hashed(), contentType);
-  return { bucket, key, ...(versionId && { versionId }), checksum: `sha256:${hash.digest('hex')}` };
-}
+// --- telling ----------------------------------------------------------------------------------------
 
 /** Sends the message unless it is on record as sent. It goes out twice only if the record of it could not be written. */
 async function announce(

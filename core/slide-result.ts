@@ -3,7 +3,7 @@
  * what lies beside it, tile values become `result.json` and `heatmap.png`, and the slide takes its final state.
  * The same input gives the same bytes, so that a repeated invocation changes nothing.
  */
-import type { S3Client } from '@aws-sdk/client-s3';
+import { HeadObjectCommand, type S3Client } from '@aws-sdk/client-s3';
 
 import { aggregateOutput, vote } from './aggregate.ts';
 import {
@@ -21,13 +21,13 @@ import {
   type SlideResult,
   type SlideState,
 } from './contracts.ts';
-import { reasonOf, SlidewayError } from './errors.ts';
+import { isNotFound, reasonOf, SlidewayError } from './errors.ts';
 import { drawHeatmap } from './heatmap.ts';
 import { planKey, resultPrefix } from './keys.ts';
-import type { Lineage } from './lineage.ts';
+import { contentId, type Lineage, type LineageObject } from './lineage.ts';
 import { addCounts } from './metering.ts';
 import type { StateTable } from './state.ts';
-import { readBytes, readJson, sha256, writeJson, writeObject } from './store.ts';
+import { readJson, readVersion, sha256, type Written, writeJson, writeObject } from './store.ts';
 import { ResultCorrupt, readTiles, type TileTable } from './tiles.ts';
 
 /** The job ended well, yet there is no answer for the slide. */
@@ -56,6 +56,8 @@ interface Outcome {
   state: Extract<SlideState, 'AGGREGATED' | 'QUARANTINED' | 'FAILED'>;
   reason?: Reason;
   summary?: ResultSummary;
+  /** What the answer was made of, and what was made, as they go on record. */
+  made?: { inputs: LineageObject[]; outputs: LineageObject[] };
   requests?: Completion['requests'];
 }
 
@@ -85,14 +87,17 @@ export async function aggregateSlide(
   const state = together(outcomes);
   const reason = reasonFor(outcomes);
   const results = outcomes.flatMap(({ summary }) => summary ?? []);
+  const outputs = outcomes.flatMap(({ made }) => made?.outputs ?? []);
   await deps.lineage.append(
     { slideId: slide.slideId },
     {
-      id: `${run.runId}/aggregate`,
+      id: `${run.runId}/aggregate/${state}/${contentId(outputs)}`,
       action: `SLIDE_${state}`,
       runId: run.runId,
       ...(reason && { reason: `${reason.error}: ${reason.message}` }),
-      outputs: results.map(({ key }) => ({ bucket: deps.silver, key })),
+      inputs: outcomes.flatMap(({ made }) => made?.inputs ?? []),
+      outputs,
+      parameters: { models: slide.models },
     },
   );
   const container = outcomes.map(({ requests }) => ({
@@ -142,8 +147,9 @@ async function aggregateModel(
   const { run, slide } = input;
   const prefix = resultPrefix(run.runId, slide.slideId, planned.name);
   try {
-    const marker = await readMarker(input, planned, prefix, deps);
-    if (!marker) return failed(planned.name, await whyNothing(run.runId, planned.name, deps));
+    const found = await readMarker(input, planned, prefix, deps);
+    if (!found) return failed(planned.name, await whyNothing(run.runId, planned.name, deps));
+    const { marker } = found;
     if (marker.state !== 'INFERRED') {
       return {
         model: planned.name,
@@ -155,8 +161,14 @@ async function aggregateModel(
         requests: marker.requests,
       };
     }
-    const summary = await writeResult({ input, planned, prefix, marker, bronze }, deps);
-    return { model: planned.name, state: 'AGGREGATED', summary, requests: marker.requests };
+    const { summary, made } = await writeResult({ input, planned, prefix, ...found, bronze }, deps);
+    return {
+      model: planned.name,
+      state: 'AGGREGATED',
+      summary,
+      made,
+      requests: marker.requests,
+    };
   } catch (error) {
     if (error instanceof ResultCorrupt) return failed(planned.name, error);
     throw error;
@@ -169,9 +181,10 @@ async function readMarker(
   planned: PlannedModel,
   prefix: string,
   { s3, silver }: AggregateDependencies,
-): Promise<Completion | undefined> {
-  const bytes = await readBytes(s3, { bucket: silver, key: `${prefix}complete.json` });
-  if (!bytes) return undefined;
+): Promise<{ marker: Completion; markerObject: Written } | undefined> {
+  const found = await readVersion(s3, { bucket: silver, key: `${prefix}complete.json` });
+  if (!found) return undefined;
+  const { bytes, ...ref } = found;
   let document: unknown;
   try {
     document = JSON.parse(Buffer.from(bytes).toString('utf8'));
@@ -188,7 +201,7 @@ async function readMarker(
   expectSame('complete.json', 'slide', marker.slideId, slide.slideId);
   expectSame('complete.json', 'checksum of the slide', marker.checksum, slide.checksum);
   expectSame('complete.json', 'digest of the model', marker.model.digest, planned.digest);
-  return marker;
+  return { marker, markerObject: { ...ref, checksum: sha256(bytes) } };
 }
 
 function expectSame(file: string, what: string, found: unknown, expected: unknown): void {
@@ -213,23 +226,50 @@ interface Answer {
   planned: PlannedModel;
   prefix: string;
   marker: Completion;
+  markerObject: Written;
   bronze: BronzeSlide | undefined;
 }
 
-async function writeResult(answer: Answer, deps: AggregateDependencies): Promise<ResultSummary> {
-  const { input, planned, prefix, marker, bronze } = answer;
-  const { run, slide } = input;
-  const tiles = await readAnswer(answer, deps);
+async function writeResult(
+  answer: Answer,
+  deps: AggregateDependencies,
+): Promise<{ summary: ResultSummary; made: NonNullable<Outcome['made']> }> {
+  const { tiles, tilesObject } = await readAnswer(answer, deps);
+  await recordInference(answer, tilesObject, deps);
   const heatmap = await writeHeatmap(answer, tiles, deps);
   const result = slideResult(answer, tiles, heatmap, deps);
-  const key = `${prefix}result.json`;
-  await writeJson(deps.s3, { bucket: deps.silver, key }, result);
+  const key = `${answer.prefix}result.json`;
+  const written = await writeJson(deps.s3, { bucket: deps.silver, key }, result);
+  return {
+    summary: summaryOf(result, answer.planned, key),
+    made: {
+      inputs: [answer.markerObject, tilesObject],
+      outputs: [written, ...(heatmap ? [heatmap.object] : [])],
+    },
+  };
+}
 
-  const modelObject = { bucket: planned.bucket, key: planned.key, checksum: planned.digest };
+/** Puts on record what the container made of the slide: which bytes, with which model, by which job. */
+async function recordInference(
+  { input, planned, prefix, marker, markerObject, bronze }: Answer,
+  tilesObject: Written,
+  deps: AggregateDependencies,
+): Promise<void> {
+  const { run, slide } = input;
+  const outputs: LineageObject[] = [markerObject, tilesObject];
+  for (const [file, { sha256 }] of Object.entries(marker.outputs)) {
+    if (file === 'tiles.parquet') continue;
+    const ref = { bucket: deps.silver, key: `${prefix}${file}` };
+    outputs.push({
+      ...ref,
+      versionId: await versionOf(deps.s3, ref),
+      checksum: `sha256:${bare(sha256)}`,
+    });
+  }
   await deps.lineage.append(
     { slideId: slide.slideId },
     {
-      id: `${run.runId}/infer/${planned.name}`,
+      id: `${run.runId}/infer/${planned.name}/${contentId(outputs)}`,
       action: 'SLIDE_INFERRED',
       runId: run.runId,
       inputs: [
@@ -241,22 +281,39 @@ async function writeResult(answer: Answer, deps: AggregateDependencies): Promise
               checksum,
             }))
           : []),
-        { ...modelObject, ...(planned.versionId && { versionId: planned.versionId }) },
+        {
+          bucket: planned.bucket,
+          key: planned.key,
+          ...(planned.versionId && { versionId: planned.versionId }),
+          checksum: planned.digest,
+        },
       ],
-      outputs: Object.entries(result.lineage.outputs).map(([file, { sha256 }]) => ({
-        bucket: deps.silver,
-        key: `${prefix}${file}`,
-        checksum: `sha256:${bare(sha256)}`,
-      })),
+      outputs,
       parameters: {
         ...marker.parameters,
+        model: planned.name,
+        modelVersion: planned.version,
+        modelDigest: planned.digest,
         jobName: marker.jobName,
         device: marker.device,
         inferenceCodeVersion: marker.codeVersion,
+        completedAt: marker.completedAt,
       },
     },
   );
-  return summaryOf(result, planned, key);
+}
+
+/** The version that an object has now; `undefined` where there is none. */
+async function versionOf(
+  s3: S3Client,
+  { bucket, key }: { bucket: string; key: string },
+): Promise<string | undefined> {
+  try {
+    return (await s3.send(new HeadObjectCommand({ Bucket: bucket, Key: key }))).VersionId;
+  } catch (error) {
+    if (isNotFound(error)) return undefined;
+    throw error;
+  }
 }
 
 /** A hash as the container or this code writes it, without its prefix. */
@@ -266,15 +323,12 @@ const bare = (hash: string) => hash.replace(/^sha256:/, '');
 async function readAnswer(
   { input, planned, prefix, marker }: Answer,
   { s3, silver }: AggregateDependencies,
-): Promise<TileTable> {
-  const bytes = await readBytes(s3, { bucket: silver, key: `${prefix}tiles.parquet` });
-  if (!bytes) throw new ResultCorrupt('complete.json is there, tiles.parquet is not');
-  expectSame(
-    'tiles.parquet',
-    'SHA-256',
-    bare(sha256(bytes)),
-    bare(marker.outputs['tiles.parquet']?.sha256 ?? ''),
-  );
+): Promise<{ tiles: TileTable; tilesObject: Written }> {
+  const found = await readVersion(s3, { bucket: silver, key: `${prefix}tiles.parquet` });
+  if (!found) throw new ResultCorrupt('complete.json is there, tiles.parquet is not');
+  const { bytes, ...ref } = found;
+  const checksum = sha256(bytes);
+  expectSame('tiles.parquet', 'SHA-256', bare(checksum), bare(marker.outputs['tiles.parquet']?.sha256 ?? ''));
   const tiles = await readTiles(bytes, planned.model);
   expectSame('tiles.parquet', 'slide', tiles.metadata.get('slideId'), input.slide.slideId);
   expectSame(
@@ -286,7 +340,7 @@ async function readAnswer(
   expectSame('tiles.parquet', 'digest of the model', tiles.metadata.get('modelDigest'), planned.digest);
   expectSame('tiles.parquet', 'number of tiles', tiles.rows, marker.tiles?.kept);
   expectSame('tiles.parquet', 'number of readable tiles', countReadable(tiles), marker.tiles?.ok);
-  return tiles;
+  return { tiles, tilesObject: { ...ref, checksum } };
 }
 
 function countReadable({ readable }: TileTable): number {
@@ -295,12 +349,18 @@ function countReadable({ readable }: TileTable): number {
   return count;
 }
 
+interface Heatmap {
+  geometry: HeatmapGeometry;
+  object: Written;
+  bytes: number;
+}
+
 /** The heatmap of the output that the model names, else of its first; none for embeddings and for no tiles. */
 async function writeHeatmap(
   { planned, prefix, marker }: Answer,
   tiles: TileTable,
   { s3, silver }: AggregateDependencies,
-): Promise<{ geometry: HeatmapGeometry; sha256: string; bytes: number } | undefined> {
+): Promise<Heatmap | undefined> {
   const { model } = planned;
   const output = model.heatmap?.output ?? (model.task === 'embedding' ? undefined : model.outputs[0]);
   if (!output || !marker.slide || !marker.tile || tiles.rows === 0) return undefined;
@@ -312,14 +372,14 @@ async function writeHeatmap(
     slide: marker.slide,
     footprint: marker.tile.footprintX,
   });
-  await writeObject(s3, { bucket: silver, key: `${prefix}heatmap.png` }, png, 'image/png');
-  return { geometry, sha256: bare(sha256(png)), bytes: png.byteLength };
+  const object = await writeObject(s3, { bucket: silver, key: `${prefix}heatmap.png` }, png, 'image/png');
+  return { geometry, object, bytes: png.byteLength };
 }
 
 function slideResult(
   { input, planned, marker, bronze }: Answer,
   tiles: TileTable,
-  heatmap: { geometry: HeatmapGeometry; sha256: string; bytes: number } | undefined,
+  heatmap: Heatmap | undefined,
   { codeVersion }: AggregateDependencies,
 ): SlideResult {
   const { model } = planned;
@@ -360,7 +420,7 @@ function slideResult(
       },
       outputs: {
         ...marker.outputs,
-        ...(heatmap && { 'heatmap.png': { sha256: heatmap.sha256, bytes: heatmap.bytes } }),
+        ...(heatmap && { 'heatmap.png': { sha256: bare(heatmap.object.checksum), bytes: heatmap.bytes } }),
       },
     },
   };

@@ -10,7 +10,7 @@ import {
   paginateQuery,
   UpdateCommand,
 } from '@aws-sdk/lib-dynamodb';
-import type { JobItem, RunItem, SlideItem, SlideState } from './contracts.ts';
+import type { JobItem, OverlayItem, RunItem, SlideItem, SlideState } from './contracts.ts';
 
 /** States may follow in the order of their ranks; those of the last rank are final. */
 const RANK: Record<SlideState, number> = {
@@ -29,6 +29,10 @@ const RANK: Record<SlideState, number> = {
 export const isFinal = (state: SlideState): boolean => RANK[state] === 90;
 
 export const runPk = (runId: string) => `RUN#${runId}`;
+const overlayKey = (image: string, picture: string) => ({
+  pk: `IMAGE#${image}`,
+  sk: `OVERLAY#${picture}`,
+});
 const slideSk = (slideId: string) => `SLIDE#${slideId}`;
 
 export class StateTable {
@@ -117,6 +121,20 @@ export class StateTable {
         TableName: this.#table,
         Item: { pk: runPk(runId), sk: `JOB#${job.jobName}`, ...job },
       }),
+    );
+  }
+
+  /** `image` is `<host>/<imageId>`; `picture` is `<model>#<version>#<sha256>`. */
+  async overlay(image: string, picture: string): Promise<OverlayItem | undefined> {
+    const { Item } = await this.#client.send(
+      new GetCommand({ TableName: this.#table, Key: overlayKey(image, picture), ConsistentRead: true }),
+    );
+    return Item as OverlayItem | undefined;
+  }
+
+  async putOverlay(image: string, picture: string, item: OverlayItem): Promise<void> {
+    await this.#client.send(
+      new PutCommand({ TableName: this.#table, Item: { ...overlayKey(image, picture), ...item } }),
     );
   }
 

@@ -8,6 +8,12 @@ import { Upload } from '@aws-sdk/lib-storage';
 import type { ObjectRef } from './contracts.ts';
 import { isNotFound } from './errors.ts';
 
+/** An object as it was written: which version, which bytes. */
+export interface Written extends ObjectRef {
+  /** `sha256:<hex>` of the whole. */
+  checksum: string;
+}
+
 /** The object's body as a stream; `undefined` when there is no such object. */
 export async function readObject(s3: S3Client, ref: ObjectRef): Promise<Readable | undefined> {
   try {
@@ -22,11 +28,25 @@ export async function readObject(s3: S3Client, ref: ObjectRef): Promise<Readable
 }
 
 export async function readBytes(s3: S3Client, ref: ObjectRef): Promise<Uint8Array | undefined> {
-  const body = await readObject(s3, ref);
-  if (!body) return undefined;
-  const chunks: Buffer[] = [];
-  for await (const chunk of body) chunks.push(chunk as Buffer);
-  return Buffer.concat(chunks);
+  return (await readVersion(s3, ref))?.bytes;
+}
+
+/** The object's bytes, and which version they are; `undefined` when there is no such object. */
+export async function readVersion(
+  s3: S3Client,
+  { bucket, key, versionId }: ObjectRef,
+): Promise<(ObjectRef & { bytes: Uint8Array }) | undefined> {
+  try {
+    const { Body, VersionId } = await s3.send(
+      new GetObjectCommand({ Bucket: bucket, Key: key, VersionId: versionId }),
+    );
+    const chunks: Buffer[] = [];
+    for await (const chunk of Body as Readable) chunks.push(chunk as Buffer);
+    return { bucket, key, ...(VersionId && { versionId: VersionId }), bytes: Buffer.concat(chunks) };
+  } catch (error) {
+    if (isNotFound(error)) return undefined;
+    throw error;
+  }
 }
 
 /** Parsed JSON; the caller checks its shape where it does not come from Slideway itself. */
@@ -49,14 +69,15 @@ export async function writeObject(
   ref: ObjectRef,
   body: string | Uint8Array,
   contentType: string,
-): Promise<ObjectRef> {
+): Promise<Written> {
+  const { bucket, key } = ref;
   const { VersionId } = await s3.send(
-    new PutObjectCommand({ Bucket: ref.bucket, Key: ref.key, Body: body, ContentType: contentType }),
+    new PutObjectCommand({ Bucket: bucket, Key: key, Body: body, ContentType: contentType }),
   );
-  return { bucket: ref.bucket, key: ref.key, ...(VersionId && { versionId: VersionId }) };
+  return { bucket, key, ...(VersionId && { versionId: VersionId }), checksum: sha256(body) };
 }
 
-export const writeJson = (s3: S3Client, ref: ObjectRef, value: unknown): Promise<ObjectRef> =>
+export const writeJson = (s3: S3Client, ref: ObjectRef, value: unknown): Promise<Written> =>
   writeObject(s3, ref, `${JSON.stringify(value, null, 2)}\n`, 'application/json');
 
 /** Writes text of any length as it is made, in parts, never holding it whole. */
@@ -65,23 +86,32 @@ export async function writeText(
   ref: ObjectRef,
   text: AsyncIterable<string> | Iterable<string>,
   contentType: string,
-): Promise<ObjectRef> {
+): Promise<Written> {
+  const { bucket, key } = ref;
+  const hash = createHash('sha256');
+  async function* hashed() {
+    for await (const chunk of text) {
+      hash.update(chunk);
+      yield chunk;
+    }
+  }
   const body = new PassThrough({ highWaterMark: 1 << 20 });
   const upload = new Upload({
     client: s3,
-    params: { Bucket: ref.bucket, Key: ref.key, Body: body, ContentType: contentType },
+    params: { Bucket: bucket, Key: key, Body: body, ContentType: contentType },
     partSize: 8 << 20,
     queueSize: 2,
   });
-  const [answer] = await Promise.all([upload.done(), pipeline(Readable.from(text), body)]);
-  return { bucket: ref.bucket, key: ref.key, ...(answer.VersionId && { versionId: answer.VersionId }) };
+  const [{ VersionId }] = await Promise.all([upload.done(), pipeline(Readable.from(hashed()), body)]);
+  const checksum = `sha256:${hash.digest('hex')}`;
+  return { bucket, key, ...(VersionId && { versionId: VersionId }), checksum };
 }
 
 export async function writeLines(
   s3: S3Client,
   ref: ObjectRef,
   values: AsyncIterable<unknown> | Iterable<unknown>,
-): Promise<ObjectRef> {
+): Promise<Written> {
   async function* lines() {
     for await (const value of values) yield `${JSON.stringify(value)}\n`;
   }

@@ -9,7 +9,15 @@ const inputSchema = z.object({
   run: runContextSchema,
   job: inferenceJobSchema,
   attempt: z.number().int(),
-  done: z.object({ jobName: z.string(), startTime: time, endTime: time }).optional(),
+  done: z
+    .object({
+      jobName: z.string(),
+      startTime: time,
+      endTime: time,
+      imageUri: z.string().optional(),
+      roleArn: z.string().optional(),
+    })
+    .optional(),
   failure: z.object({ error: z.string(), cause: z.string() }).optional(),
 });
 

@@ -129,6 +129,7 @@ describe('a run with slides that ended in every way', () => {
     expect(Items[0]?.outputs).toMatchObject([
       { key: runJsonKey(RUN.runId), checksum: expect.stringMatching(/^sha256:/) },
       { key: resultsCsvKey(RUN.runId) },
+      { key: reportKey(RUN.runId) },
     ]);
   });
 

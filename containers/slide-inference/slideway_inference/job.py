@@ -83,7 +83,7 @@ def _work(root: Path, shards: Sequence[Shard], log: Log, stop: threading.Event, 
         archive = root / "processing/input/model/model.tar.gz"
         model, weights = open_package(archive, shards[0].model, scratch)
         cores = processors()
-        predictors = load_predictors(model, weights, cpu_threads=max(1, cores - 1))
+        predictors = load_predictors(model, weights, cores)
         readers = int(os.environ.get("SLIDEWAY_READERS", 0)) or readers_for(cores, predictors)
         log.event("model-loaded", version=model.version, device=predictors[0].device_name, devices=len(predictors))
         pipeline = Pipeline(

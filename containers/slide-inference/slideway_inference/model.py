@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tarfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
@@ -26,6 +26,7 @@ from slideway_inference.errors import (
 )
 
 _JSON_LIMIT = 1 << 20
+_CPU_WORKERS = 8
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
 _OUTPUT = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -225,28 +226,43 @@ def _unpack(archive: Path, folder: Path) -> tuple[bytes | None, Path | None, set
     return text, weights, names
 
 
-class Predictor:
-    """The model on one device. `run` may be called by one thread at a time."""
+Tiles = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.float32]
 
-    def __init__(self, spec: ModelSpec, weights: Path, device: torch.device) -> None:
-        """Raises ModelPackageInvalid when the weights cannot be loaded."""
+_IN_FLIGHT = 2
+"""Batches on a GPU at once: while one is computed the next is copied."""
+
+
+class Predictor:
+    """The model on one device, for one thread."""
+
+    def __init__(self, spec: ModelSpec, weights: Path, device: torch.device, model: object = None) -> None:
+        """`model` is one that is loaded already, on the same device; its weights are shared. Raises
+        ModelPackageInvalid when the weights cannot be loaded."""
         self._spec = spec
         self._device = device
         try:
-            self._model = torch.jit.load(str(weights), map_location=device).eval()
+            self._model: Any = model or torch.jit.load(str(weights), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelPackageInvalid(f"model.pt is not TorchScript that loads: {_first_line(error)}") from error
         low, high = spec.range
         self._scale = self._channels([(high - low) / 255 / std for std in spec.std])
         self._shift = self._channels([(low - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True)])
+        self._scaled = any((high - low) / 255 != std for std in spec.std)
         self._shifted = any(mean != low for mean in spec.mean)
+        self._input: torch.Tensor | None = None
+        self._stages: list[_Stage] = []
+        self._turn = 0
+        if self.on_gpu:
+            self._copying = torch.cuda.Stream(device)
+            self._computing = torch.cuda.Stream(device)
 
     def _channels(self, values: list[float]) -> torch.Tensor | float:
         """A number per channel as it broadcasts over a batch; one number where they are equal, which is faster."""
         if len(set(values)) == 1:
             return values[0]
-        shape = (1, 3, 1, 1) if self._spec.layout == "NCHW" else (1, 1, 1, 3)
-        return torch.tensor(values).reshape(shape).to(self._device)
+        tensor = torch.tensor(values, dtype=torch.float16 if self.on_gpu else torch.float32, device=self._device)
+        return tensor.reshape((1, 3, 1, 1) if self._spec.layout == "NCHW" else (1, 1, 1, 3))
 
     @property
     def on_gpu(self) -> bool:
@@ -256,31 +272,93 @@ class Predictor:
     def device_name(self) -> str:
         return str(torch.cuda.get_device_name(self._device)) if self.on_gpu else "cpu"
 
-    def run(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    @property
+    def in_flight(self) -> int:
+        """How many batches may be submitted before the first of their answers is asked for."""
+        return _IN_FLIGHT if self.on_gpu else 1
+
+    def twin(self) -> Predictor:
+        """Another predictor with the same weights, for another thread."""
+        return Predictor(self._spec, Path(), self._device, self._model)
+
+    def run(self, tiles: Tiles) -> Values:
         """Tiles (n, px, px, 3) to outputs (n, outputs), float32. Raises ModelError."""
+        return self.submit(tiles)()
+
+    def submit(self, tiles: Tiles) -> Callable[[], Values]:
+        """Begins with a batch; `tiles` may be overwritten afterwards. What it answers waits for the outputs, as
+        `run` gives them. Both raise ModelError."""
         try:
-            with torch.inference_mode(), self._precision():
-                answer = self._forward(torch.from_numpy(tiles).to(self._device))
+            with torch.inference_mode():
+                answer = self._on_gpu(tiles) if self.on_gpu else self._on_cpu(tiles)
         except Exception as error:  # TorchScript's own error is no RuntimeError
             raise ModelError(f"The model raised: {_first_line(error)}") from error
-        expected = (len(tiles), len(self._spec.outputs))
+        return lambda: self._checked(answer(), len(tiles))
+
+    def _checked(self, answer: object, count: int) -> Values:
+        expected = (count, len(self._spec.outputs))
         if not isinstance(answer, torch.Tensor) or tuple(answer.shape) != expected:
             shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
             raise ModelError(f"The model must answer with a tensor of shape {expected}, not {shape}.")
-        values = answer.float().cpu().numpy()
+        values = answer.float().numpy()
         if not np.isfinite(values).all():
             raise ModelError("The model answered with numbers that are not finite.")
-        return cast(npt.NDArray[np.float32], values)
+        return cast(Values, values)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast("cuda", torch.float16) if self.on_gpu else nullcontext()
+    def _on_cpu(self, tiles: Tiles) -> Callable[[], object]:
+        if self._input is None or self._input.shape[0] < len(tiles):
+            self._input = torch.empty(tiles.shape)  # kept: new pages for each batch would cost more than the sums
+        answer = self._forward(torch.from_numpy(tiles), self._input[: len(tiles)])
+        # The answer may be a view of the input, which the next batch overwrites.
+        kept = answer.clone() if isinstance(answer, torch.Tensor) else answer
+        return lambda: kept
 
-    def _forward(self, tiles: torch.Tensor) -> object:
+    def _on_gpu(self, tiles: Tiles) -> Callable[[], object]:
+        """Pageable memory to pinned by the processor, from there to the device beside the batch before."""
+        stage = self._stage(tiles.shape)
+        count = len(tiles)
+        stage.pinned[:count].copy_(torch.from_numpy(tiles))
+        with torch.cuda.stream(self._copying):
+            stage.device[:count].copy_(stage.pinned[:count], non_blocking=True)
+        self._computing.wait_stream(self._copying)
+        with torch.cuda.stream(self._computing), torch.autocast("cuda", torch.float16):
+            answer = self._forward(stage.device[:count], None)
+            if isinstance(answer, torch.Tensor):
+                target = torch.empty(answer.shape, dtype=torch.float32, pin_memory=True)
+                answer = target.copy_(answer, non_blocking=True)
+            stage.done.record(self._computing)
+
+        def wait() -> object:
+            try:
+                stage.done.synchronize()
+            except RuntimeError as error:
+                raise ModelError(f"The model raised: {_first_line(error)}") from error
+            return answer
+
+        return wait
+
+    def _stage(self, shape: tuple[int, ...]) -> _Stage:
+        """The next of the buffers, once the batch that was in it is computed."""
+        if not self._stages or self._stages[0].pinned.shape[0] < shape[0]:
+            torch.cuda.synchronize(self._device)
+            self._stages = [_Stage(shape, self._device) for _ in range(_IN_FLIGHT)]
+        self._turn = (self._turn + 1) % _IN_FLIGHT
+        stage = self._stages[self._turn]
+        stage.done.synchronize()
+        return stage
+
+    def _forward(self, tiles: torch.Tensor, target: torch.Tensor | None) -> object:
+        """`target` is where the batch's floats go; None: new ones, in half precision."""
         try:
-            # NCHW is a view with channels last: no copy, and the memory format that convolutions like best.
-            batch = tiles.permute(0, 3, 1, 2) if self._spec.layout == "NCHW" else tiles
-            batch = batch.float().mul_(self._scale)
-            return self._model(batch.add_(self._shift) if self._shifted else batch)
+            batch = tiles.to(torch.float16) if target is None else target.copy_(tiles)
+            if self._spec.layout == "NCHW":
+                # A view with channels last: no copy, and the memory format that convolutions like best.
+                batch = batch.permute(0, 3, 1, 2)
+            if self._scaled:
+                batch.mul_(self._scale)
+            if self._shifted:
+                batch.add_(self._shift)
+            return self._model(batch)
         except Exception as error:
             # Where a batch does not fit in the GPU's memory, halves may.
             if "out of memory" not in str(error) or len(tiles) == 1:
@@ -288,10 +366,22 @@ class Predictor:
         if tiles.is_cuda:
             torch.cuda.empty_cache()
         half = len(tiles) // 2
-        parts = [self._forward(tiles[:half]), self._forward(tiles[half:])]
+        parts = [
+            self._forward(tiles[part], None if target is None else target[part])
+            for part in (slice(half), slice(half, None))
+        ]
         if not all(isinstance(part, torch.Tensor) for part in parts):
             return parts[0]
         return torch.cat(cast(list[torch.Tensor], parts))
+
+
+class _Stage:
+    """What a batch passes through on its way to a GPU."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.done = torch.cuda.Event()
 
 
 def _first_line(error: Exception) -> str:
@@ -300,9 +390,12 @@ def _first_line(error: Exception) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
-def load_predictors(spec: ModelSpec, weights: Path, cpu_threads: int) -> list[Predictor]:
-    """One replica per GPU, or one on the CPU with `cpu_threads` threads."""
+def load_predictors(spec: ModelSpec, weights: Path, cores: int) -> list[Predictor]:
+    """One per GPU. Without a GPU as many as there are processors to share, with the same weights: batches side by
+    side need no waiting for each other, as threads within a batch do, and give way to decoding as it needs."""
     if torch.cuda.is_available():
         return [Predictor(spec, weights, torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-    torch.set_num_threads(cpu_threads)
-    return [Predictor(spec, weights, torch.device("cpu"))]
+    workers = min(cores, _CPU_WORKERS)
+    torch.set_num_threads(max(1, cores // workers))
+    first = Predictor(spec, weights, torch.device("cpu"))
+    return [first, *(first.twin() for _ in range(workers - 1))]

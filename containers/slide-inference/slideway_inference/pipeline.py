@@ -112,7 +112,7 @@ class Pipeline:
         self._job_name = job_name
         self._log = log
         self._stop = stop
-        many = f"{len(predictors)} × " if len(predictors) > 1 else ""
+        many = f"{len(predictors)} × " if len(predictors) > 1 and predictors[0].on_gpu else ""
         self._device = many + predictors[0].device_name
         self._batch = max(1, min(model.batch, _SLOT_BYTES // (model.px**2 * 3)))
         slots = 2 * (readers + len(predictors))

@@ -28,22 +28,34 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class HaematoxylinArea(torch.nn.Module):  # type: ignore[misc]
-    """(n, 3, h, w) in 0…1 to (n, 1): the fraction of pixels with haematoxylin above the threshold.
+    """(n, 3, h, w), whole numbers in 0…255, to (n, 1): the fraction of pixels with haematoxylin above the
+    threshold.
 
-    Sums channel by channel rather than by a matrix product, which mixed precision would round to 16 bits."""
+    A pixel's amount grows with its blue, so that for each red and green there is one blue from which on it counts:
+    a table of them, made in double precision, stands in place of three logarithms a pixel. Whole numbers up to 255
+    are exact in half precision too, so that every device gives the same answer."""
 
     def __init__(self) -> None:
         super().__init__()
         rows = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
-        weights = -np.linalg.inv(rows)[:, 0] / np.log(10)
-        self.red, self.green, self.blue = (float(weight) for weight in weights)
-        self.threshold = THRESHOLD
+        weights = np.linalg.inv(rows)[:, 0]
+        density = -np.log10(np.maximum(np.arange(256) / 255, 1e-6))
+        red, green, blue = (density * weight for weight in weights)
+        counts = red[:, None, None] + green[None, :, None] + blue[None, None, :] > THRESHOLD
+        assert (np.diff(counts.astype(np.int8), axis=2) >= 0).all(), "the amount grows with blue"
+        self.register_buffer("blue_from", torch.from_numpy((256 - counts.sum(axis=2)).ravel()).float())
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        light = tiles.clamp(min=1e-6).log_()
-        density = light[:, 0] * self.red
-        density = density.add_(light[:, 1], alpha=self.green).add_(light[:, 2], alpha=self.blue)
-        return (density > self.threshold).flatten(1).float().mean(1, keepdim=True)
+        # A processor's cache holds the intermediate results of one tile, not of a batch.
+        step = tiles.shape[0] if tiles.is_cuda else 1
+        areas: list[torch.Tensor] = []
+        for part in tiles.split(step):
+            part = part.float()
+            index = torch.add(part[:, 1], part[:, 0], alpha=256.0).int().flatten()
+            blue_from = torch.index_select(self.blue_from, 0, index)
+            counted = part[:, 2].flatten() >= blue_from
+            areas.append(counted.view(part.shape[0], -1).float().mean(1, keepdim=True))
+        return torch.cat(areas)
 
 
 def model_bytes() -> bytes:
