@@ -53,8 +53,9 @@ export function parseManifest(bytes: Uint8Array): ManifestRow[] {
   const columns = header.fields.map((name) => name.trim().toLowerCase());
   const slideColumn = SLIDE_COLUMNS.find((name) => columns.includes(name));
   if (!slideColumn) {
+    // Nothing of the file is quoted: without a header its first line may name a patient.
     throw new ManifestInvalid(
-      `The manifest has no column \`slide\` (nor file, filename or image); its first line is: ${header.fields.join(', ').slice(0, 200)}`,
+      'The manifest has no column `slide` (nor file, filename or image). Its first line must name the columns.',
     );
   }
   const twice = columns.find((name, index) => name !== '' && columns.indexOf(name) !== index);

@@ -325,8 +325,11 @@ const capitalise = (words: string) => {
 
 const count = (value: number) => value.toLocaleString('en-GB');
 
-/** Four significant digits, without trailing zeros. */
-const measure = (value: number) => String(Number(value.toPrecision(4))).replace('-', '−');
+/** Four significant digits, without trailing zeros; very small numbers with an exponent, so that they stay short. */
+const measure = (value: number) => {
+  const small = value !== 0 && Math.abs(value) < 0.001;
+  return (small ? value.toExponential(1) : String(Number(value.toPrecision(4)))).replaceAll('-', '−');
+};
 
 const when = (iso: string) =>
   `<time datetime="${text(iso)}">${text(iso.slice(0, 16).replace('T', ' '))} UTC</time>`;

@@ -65,7 +65,7 @@ describe('a file that is no manifest fails with its reason', () => {
     ['binary', Buffer.from([0x89, 0x50, 0x4e, 0x47, 0x00, 0x01]), /binary/],
     ['UTF-16', Buffer.from('\ufeffslide\nx.svs', 'utf16le'), /UTF-16/],
     ['Latin-1', Buffer.from('slide\nÖl.svs', 'latin1'), /not UTF-8/],
-    ['no slide column', Buffer.from('name,mpp\nx.svs,1\n'), /no column `slide`.*name, mpp/],
+    ['no slide column', Buffer.from('name,mpp\nx.svs,1\n'), /no column `slide`/],
     ['two columns of one name', Buffer.from('slide,note,note\nx,1,2\n'), /two columns named `note`/],
     ['a header only', Buffer.from('slide,mpp\n'), /no row/],
     ['an open quote', Buffer.from('slide\n"x.svs\ny.svs\n'), /not CSV/],
@@ -73,6 +73,10 @@ describe('a file that is no manifest fails with its reason', () => {
     expect(() => parseManifest(bytes)).toThrow(ManifestInvalid);
     expect(() => parseManifest(bytes)).toThrow(message);
   });
+});
+
+it('what a file without a header holds is never quoted: it may be a patient', () => {
+  expect(() => parse('Jane Doe,1951-01-01\n')).toThrow(/^(?!.*Jane)/);
 });
 
 describe('a bad row is set aside with line and reason, and the others go on', () => {

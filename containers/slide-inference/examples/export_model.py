@@ -15,6 +15,7 @@ import io
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,14 @@ def torchscript(network: torch.nn.Module, model: ModelSpec) -> bytes:
         print(f"Scripting failed ({reason}); tracing instead.", file=sys.stderr)
         with torch.inference_mode():
             scripted = torch.jit.trace(network, torch.rand(shape))
-    target = io.BytesIO()
-    torch.jit.save(scripted, target)
-    return target.getvalue()
+    raw, clean = io.BytesIO(), io.BytesIO()
+    torch.jit.save(scripted, raw)
+    # Without PyTorch's debug records, which hold the path of the source and so differ from place to place.
+    with zipfile.ZipFile(raw) as source, zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(source.namelist()):
+            if not name.endswith(".debug_pkl"):
+                target.writestr(zipfile.ZipInfo(name), source.read(name))
+    return clean.getvalue()
 
 
 def packed(files: dict[str, bytes]) -> bytes:
