@@ -7,8 +7,10 @@ import { join } from 'node:path';
 import { setTimeout as wait } from 'node:timers/promises';
 import { CloudWatchLogsClient } from '@aws-sdk/client-cloudwatch-logs';
 import { DynamoDBClient } from '@aws-sdk/client-dynamodb';
+import { LambdaClient } from '@aws-sdk/client-lambda';
 import { S3Client } from '@aws-sdk/client-s3';
 import { SFNClient } from '@aws-sdk/client-sfn';
+import { SQSClient } from '@aws-sdk/client-sqs';
 import { DynamoDBDocumentClient } from '@aws-sdk/lib-dynamodb';
 import { z } from 'zod';
 import { StateTable } from '../core/state.ts';
@@ -25,10 +27,13 @@ const outputsSchema = z.object({
   BronzeBucket: z.string(),
   SilverBucket: z.string(),
   ModelsBucket: z.string(),
+  AnchorsBucket: z.string(),
   StateTable: z.string(),
   LineageTable: z.string(),
   TopicArn: z.string(),
   StateMachineArn: z.string(),
+  DeadEventsQueue: z.string(),
+  DeadInvocationsQueue: z.string(),
 });
 /** Outputs of the stack. */
 export type Outputs = z.infer<typeof outputsSchema>;
@@ -38,6 +43,8 @@ export interface Deployment {
   documents: DynamoDBDocumentClient;
   stepFunctions: SFNClient;
   logs: CloudWatchLogsClient;
+  sqs: SQSClient;
+  lambda: LambdaClient;
   state: StateTable;
   outputs: Outputs;
   /** model.tar.gz of the reference model, where it can be built. */
@@ -120,18 +127,23 @@ function connected(
   const documents = DynamoDBDocumentClient.from(dynamodb);
   const stepFunctions = new SFNClient(config);
   const logs = new CloudWatchLogsClient(config);
+  const sqs = new SQSClient(config);
+  // A function may take as long as Lambda lets it; calling it twice is for the caller to decide.
+  const lambda = new LambdaClient({ ...config, maxAttempts: 1 });
   const known = outputsSchema.parse(outputs);
   return {
     s3,
     documents,
     stepFunctions,
     logs,
+    sqs,
+    lambda,
     state: new StateTable(documents, known.StateTable),
     outputs: known,
     model: undefined,
     elsewhere,
     close: async () => {
-      for (const client of [s3, dynamodb, stepFunctions, logs]) client.destroy();
+      for (const client of [s3, dynamodb, stepFunctions, logs, sqs, lambda]) client.destroy();
       await stop?.();
     },
   };

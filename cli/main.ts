@@ -3,15 +3,23 @@
  * when it is called, so that help and a setup that is done answer at once.
  */
 import { Command, CommanderError, InvalidArgumentError } from 'commander';
+import type { DeadLetterOptions } from './commands/dead-letters.ts';
 import type { DemoOptions } from './commands/demo.ts';
+import type { ReconcileOptions } from './commands/reconcile.ts';
+import type { ReplayOptions } from './commands/replay.ts';
 import type { RunOptions, Streams } from './commands/run.ts';
 import type { SetupOptions } from './commands/setup.ts';
 import type { ShowOptions } from './commands/show.ts';
+import type { VerifyOptions } from './commands/verify.ts';
 import { projectVersion } from './paths.ts';
-import { EXIT, Screen, UserError } from './terminal.ts';
+import { EXIT, Screen, UserError, usageError } from './terminal.ts';
 
 interface Common {
   quiet?: boolean;
+}
+
+interface DeadLetters {
+  deadLetters?: boolean;
 }
 
 const STATE = 'folder of the local AWS (default: .slideway in the project, or $SLIDEWAY_STATE)';
@@ -168,6 +176,98 @@ Examples:
       const { showRun } = await import('./commands/show.ts');
       end(await showRun(id, options, streams({})));
     });
+
+  command
+    .command('trace')
+    .description('trace a result back to Landing: bytes, versions, parameters, digests, who and when')
+    .argument('<what>', 'key in Silver, slide id, or run id')
+    .option('--state <folder>', STATE)
+    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--json', 'answer with JSON')
+    .addHelpText(
+      'after',
+      '\nExit code 3: a link is not on record.\n\nExample:\n  slideway trace slide-17 --json',
+    )
+    .action(async (what: string, options: ShowOptions) => {
+      const { traceCommand } = await import('./commands/trace.ts');
+      end(await traceCommand(what, options, streams({})));
+    });
+
+  command
+    .command('verify')
+    .description('verify the record and all that it points at; names the first broken link')
+    .argument('[what]', 'slide id, run id or key in Silver (default: everything)')
+    .option('--all', 'everything')
+    .option('--anchor <date>', 'hold the record against the anchor of this day (default: the newest)')
+    .option('--state <folder>', STATE)
+    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--json', 'answer with JSON')
+    .option('--quiet', 'no progress')
+    .addHelpText(
+      'after',
+      '\nExit code 1: something is not as it was written.\n\nExample:\n  slideway verify --all --json | jq .findings',
+    )
+    .action(async (what: string | undefined, options: VerifyOptions & Common) => {
+      const { verifyCommand } = await import('./commands/verify.ts');
+      end(await verifyCommand(what, options, streams(options), signal));
+    });
+
+  command
+    .command('reconcile')
+    .description('hold manifests, states, Landing, Bronze and Silver of a study against each other')
+    .argument('<study>')
+    .option('--stuck-after <hours>', 'a slide that has not moved for so long is stuck', positiveInteger, 24)
+    .option('--state <folder>', STATE)
+    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--json', 'answer with JSON')
+    .option('--quiet', 'no progress')
+    .addHelpText(
+      'after',
+      '\nExit code 3: not everything is in order.\n\nExample:\n  slideway reconcile breast-2026',
+    )
+    .action(async (study: string, options: ReconcileOptions & Common) => {
+      const { reconcileCommand } = await import('./commands/reconcile.ts');
+      end(await reconcileCommand(study, options, streams(options), signal));
+    });
+
+  command
+    .command('replay')
+    .description('run again what did not succeed, or with another model; or deliver dead letters again')
+    .argument('[run id]', 'or the beginning of it')
+    .option('--failed', 'the slides without results; what is done when nothing else is asked for')
+    .option('--slide <id>', 'this slide')
+    .option('--model <package or name>', 'with this model; without --failed, every slide that was taken in')
+    .option('--dead-letters', 'deliver again what lies in the dead-letter queues')
+    .option('--list', 'of the dead letters: only show them')
+    .option('--out <folder>', OUT)
+    .option('--state <folder>', STATE)
+    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--json', 'answer with JSON')
+    .option('--quiet', 'no progress')
+    .addHelpText(
+      'after',
+      `
+A replay is a run of its own that names the run it follows; slides that are in Bronze are not copied again.
+
+Examples:
+  slideway replay breast-2026-1f --failed
+  slideway replay breast-2026-1f --model my-model.tar.gz
+  slideway replay --dead-letters --list`,
+    )
+    .action(
+      async (id: string | undefined, options: ReplayOptions & DeadLetterOptions & Common & DeadLetters) => {
+        if ((id === undefined) !== (options.deadLetters === true)) {
+          throw usageError('Give the id of a run, or --dead-letters.');
+        }
+        if (id === undefined) {
+          const { deadLetters } = await import('./commands/dead-letters.ts');
+          end(await deadLetters(options, streams(options), signal));
+        } else {
+          const { replay } = await import('./commands/replay.ts');
+          end(await replay(id, options, streams(options), signal));
+        }
+      },
+    );
   return command;
 }
 

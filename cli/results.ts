@@ -1,7 +1,7 @@
 /** The results of a run on this machine's disk and as a table. */
 import { createWriteStream } from 'node:fs';
-import { mkdir, rename, rm, stat, utimes } from 'node:fs/promises';
-import { dirname, resolve, sep } from 'node:path';
+import { mkdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises';
+import { dirname, join, resolve, sep } from 'node:path';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { GetObjectCommand, paginateListObjectsV2 } from '@aws-sdk/client-s3';
@@ -33,6 +33,7 @@ export async function download(
   const wanted = [reportPrefix(runId), slidesPrefix(runId)];
   const single = new Set([runJsonKey(runId), resultsCsvKey(runId)]);
   const done: Downloaded = { files: 0, bytes: 0 };
+  await clearOtherRun(folder, runId);
 
   async function* objects() {
     for await (const page of paginateListObjectsV2({ client: s3 }, { Bucket: bucket, Prefix: root })) {
@@ -64,6 +65,15 @@ export async function download(
     done.bytes += size;
   });
   return done;
+}
+
+/** Removes the results of another run, so that two are never mixed; a folder without a run.json is left as it is. */
+async function clearOtherRun(folder: string, runId: string): Promise<void> {
+  const there = await readFile(join(folder, 'run.json'), 'utf8').catch(() => undefined);
+  if (there === undefined || there.includes(`"runId": "${runId}"`)) return;
+  for (const name of ['run.json', 'results.csv', 'report', 'slides']) {
+    await rm(join(folder, name), { recursive: true, force: true });
+  }
 }
 
 export interface Answers {

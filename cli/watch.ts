@@ -191,7 +191,7 @@ export class RunWatch {
       slide,
       state: item?.state ?? planned.state,
       reason: item?.reason ?? planned.reason,
-      bytes: planned.source?.size,
+      bytes: planned.source?.size ?? planned.bronze?.size,
       tiles: this.#progress.tiles(slideId),
       analysed: models.length > 0 && this.#progress.analysed(slideId, models.length),
     };

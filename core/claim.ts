@@ -1,8 +1,12 @@
-/** ClaimManifest: one run per manifest version and parameters, however often its event is delivered. */
+/**
+ * ClaimManifest: one run per manifest version and parameters, however often its event is delivered. What starts a run
+ * is a manifest's arrival in Landing, or a follow-up of an earlier run (follow-up.ts).
+ */
 import { createHash } from 'node:crypto';
 import { z } from 'zod';
 import type { Parameters, RunContext } from './contracts.ts';
 import { ManifestMisplaced } from './errors.ts';
+import { type FollowUpInput, followedRun, followUpInputSchema, landingOf } from './follow-up.ts';
 import { canonicalJson, type Lineage } from './lineage.ts';
 import type { StateTable } from './state.ts';
 
@@ -14,6 +18,10 @@ export const objectCreatedSchema = z.object({
   }),
 });
 export type ObjectCreated = z.infer<typeof objectCreatedSchema>;
+
+/** The input of the state machine. */
+export const runInputSchema = z.union([objectCreatedSchema, followUpInputSchema]);
+export type RunInput = z.infer<typeof runInputSchema>;
 
 export interface ClaimConfig {
   defaultModel: string;
@@ -45,23 +53,15 @@ export function runIdOf(study: string, manifest: RunContext['manifest'], config:
 }
 
 export async function claimManifest(
-  { event, executionArn, startedAt }: { event: ObjectCreated; executionArn: string; startedAt: string },
+  { event, executionArn, startedAt }: { event: RunInput; executionArn: string; startedAt: string },
   { state, lineage, config }: { state: StateTable; lineage: Lineage; config: ClaimConfig },
 ): Promise<{ claimed: boolean; run: RunContext }> {
-  const { bucket, object } = event.detail;
-  const study = studyOf(object.key);
-  const manifest = {
-    bucket: bucket.name,
-    key: object.key,
-    ...(object['version-id'] && { versionId: object['version-id'] }),
-    etag: object.etag,
-  };
+  const asked = 'followUp' in event ? await following(event, state) : arrived(event, config);
+  const { manifest, followUp, defaultModel, parameters } = asked;
+  const { codeVersion } = config;
   const run: RunContext = {
-    runId: runIdOf(study, manifest, config),
-    study,
-    manifest,
-    defaultModel: config.defaultModel,
-    parameters: config.parameters,
+    ...asked,
+    runId: runIdOf(asked.study, manifest, { defaultModel, parameters, codeVersion }),
     startedAt,
   };
   const claimed = await state.claimRun({ ...run, state: 'RUNNING', executionArn });
@@ -80,9 +80,46 @@ export async function claimManifest(
             checksum: `etag:${manifest.etag}`,
           },
         ],
-        parameters: { ...config.parameters, defaultModel: config.defaultModel, executionArn },
+        parameters: { ...parameters, defaultModel, executionArn, ...(followUp && { followUp }) },
       },
     );
+    if (followUp) {
+      await lineage.append(
+        { runId: followUp.of },
+        {
+          id: `${followUp.of}/followed/${run.runId}`,
+          runId: followUp.of,
+          action: 'RUN_FOLLOWED',
+          parameters: { kind: followUp.kind, by: run.runId },
+        },
+      );
+    }
   }
   return { claimed, run };
+}
+
+type Asked = Omit<RunContext, 'runId' | 'startedAt'>;
+
+function arrived({ detail: { bucket, object } }: ObjectCreated, config: ClaimConfig): Asked {
+  return {
+    study: studyOf(object.key),
+    manifest: {
+      bucket: bucket.name,
+      key: object.key,
+      ...(object['version-id'] && { versionId: object['version-id'] }),
+      etag: object.etag,
+    },
+    defaultModel: config.defaultModel,
+    parameters: config.parameters,
+  };
+}
+
+/** A follow-up is of the study of the run it follows, and has its parameters. */
+async function following(
+  { followUp: { kind, of, manifest } }: FollowUpInput,
+  state: StateTable,
+): Promise<Asked> {
+  const first = await followedRun(state, of);
+  const { study, defaultModel, parameters } = first;
+  return { study, manifest, landing: landingOf(first), followUp: { kind, of }, defaultModel, parameters };
 }

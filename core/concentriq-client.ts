@@ -100,8 +100,8 @@ export class ConcentriqClient {
     } catch (error) {
       if (!(error instanceof NotAuthenticated)) throw error;
       // Several requests may find the token expired at once; the first of them fetches the new one for all.
-      if (this.#token === used) this.#token = this.#fetchToken(credentials, until);
-      return this.#send(request, bearer(await (this.#token ?? used)), until);
+      if (this.#token === used || !this.#token) this.#token = this.#fetchToken(credentials, until);
+      return this.#send(request, bearer(await this.#token), until);
     }
   }
 
@@ -115,7 +115,10 @@ export class ConcentriqClient {
     } catch (error) {
       // What failed is not kept: the next request asks again.
       this.#token = undefined;
-      throw error;
+      if (!(error instanceof CatalogueRefused)) throw error;
+      throw new CatalogueRefused(
+        'POST /api/v3/auth/token: the catalogue does not take the user name and password of the secret.',
+      );
     }
   }
 
@@ -164,12 +167,14 @@ export class ConcentriqClient {
       return { trouble: troubleOf(error, seconds) };
     }
     // An error may come in an answer that calls itself well.
-    status = statusInside(text) ?? status;
+    const inside = statusInside(text);
+    status = inside ?? status;
     if (status >= 200 && status < 300) return { body: text };
     if (RETRIED.has(status)) return { trouble: `answered ${status}` };
     if (status === 401) throw new NotAuthenticated(`${what}: the catalogue does not take our credentials.`);
-    if (status === 403) throw new CatalogueRefused(`${what}: our account has no right to this.`);
-    if (status === 404) throw new CatalogueNotFound(`${what}: there is no such thing.`);
+    if (status === 403) throw new NotAllowed(`${what}: our account has no right to this.`);
+    // Anything else on the network answers 404 too, but not in the catalogue's words.
+    if (inside === 404) throw new CatalogueNotFound(`${what}: there is no such thing.`);
     if (status >= 500) throw new CatalogueUnavailable(`${what}: answered ${status}.`);
     throw new CatalogueInvalid(`${what}: answered ${status}. Is its address the right one?`);
   }
@@ -186,6 +191,14 @@ export class ConcentriqClient {
 
 /** A 401: the token may have expired. To the outside it is a refusal like any other. */
 class NotAuthenticated extends CatalogueRefused {
+  constructor(message: string) {
+    super(message);
+    this.name = CatalogueRefused.name;
+  }
+}
+
+/** A 403: not the account is refused, but this one thing. */
+export class NotAllowed extends CatalogueRefused {
   constructor(message: string) {
     super(message);
     this.name = CatalogueRefused.name;

@@ -44,16 +44,27 @@ export const parametersSchema = z.object({
 });
 export type Parameters = z.infer<typeof parametersSchema>;
 
+/** A manifest as it was: this version of it, these bytes. */
+export const manifestRefSchema = z.object({
+  bucket: z.string(),
+  key: z.string(),
+  versionId: z.string().optional(),
+  etag: z.string(),
+});
+
+/** Why a run follows another: its slides came late, or somebody asked for it again. */
+export const followUpKindSchema = z.enum(['late', 'replay']);
+export type FollowUpKind = z.infer<typeof followUpKindSchema>;
+
 /** What the state machine carries from state to state about the run. */
 export const runContextSchema = z.object({
   runId: z.string(),
   study: z.string(),
-  manifest: z.object({
-    bucket: z.string(),
-    key: z.string(),
-    versionId: z.string().optional(),
-    etag: z.string(),
-  }),
+  manifest: manifestRefSchema,
+  /** Bucket in which the slides arrive, where that is not the manifest's. */
+  landing: z.string().optional(),
+  /** The run that this one follows. */
+  followUp: z.object({ kind: followUpKindSchema, of: z.string() }).optional(),
   /** Models of slides whose row names none, separated by `|`. */
   defaultModel: z.string(),
   parameters: parametersSchema,
@@ -119,6 +130,56 @@ export interface ModelRef extends ObjectRef {
   digest: string;
 }
 
+// --- ingestion --------------------------------------------------------------------------------------------------
+
+/** One object in Bronze. `checksum` is S3's full-object `crc64nvme:<base64>`. */
+export const bronzeFileSchema = z.object({
+  key: z.string(),
+  versionId: z.string().optional(),
+  size: z.number().int(),
+  checksum: z.string(),
+});
+export type BronzeFile = z.infer<typeof bronzeFileSchema>;
+
+/** What ingestion leaves on record for a slide. */
+export const bronzeSlideSchema = z.object({
+  bucket: z.string(),
+  /** The file that is opened, one of `files`. */
+  key: z.string(),
+  files: z.array(bronzeFileSchema),
+  size: z.number().int(),
+  /** The slide's checksum: that of its one file, or `sha256:<hex>` over `<name> <checksum>\n` of all, sorted. */
+  checksum: z.string(),
+});
+export type BronzeSlide = z.infer<typeof bronzeSlideSchema>;
+
+/** What happens to a slide whose content, or whose name with other content, is in Bronze already. */
+export const duplicatePolicySchema = z.enum(['skip', 'replace', 'error']);
+export type DuplicatePolicy = z.infer<typeof duplicatePolicySchema>;
+
+/** A copy that one invocation had no time to finish: what the next one needs of it. */
+export const continuationSchema = z.object({
+  /** Invocations so far. */
+  round: z.number().int(),
+  /** The slide's files as the copy began, as one checksum. */
+  content: z.string().optional(),
+  /** Uploads under way, by key in Landing. */
+  uploads: z.record(
+    z.string(),
+    z.object({ uploadId: z.string(), etag: z.string(), versionId: z.string().optional() }),
+  ),
+  requests: z.record(z.string(), z.number()),
+});
+export type Continuation = z.infer<typeof continuationSchema>;
+
+/** How a slide came to its name in Bronze. */
+export interface SlideName {
+  name: string;
+  /** The canonical name, where it has another. */
+  wanted?: string;
+  reason?: Reason;
+}
+
 // --- plan -----------------------------------------------------------------------------------------------------
 
 /** How a slide's files belong together. */
@@ -161,12 +222,25 @@ export const plannedSlideSchema = z.object({
   reason: reasonSchema.optional(),
   source: slideSourceSchema.optional(),
   /** Where it goes in Bronze: `slides/<study>/<slideId>/` and the canonical name. */
-  target: z.object({ prefix: z.string(), name: z.string() }).optional(),
+  target: z
+    .object({
+      prefix: z.string(),
+      name: z.string(),
+      /** The safe name, where the canonical one cannot be had. */
+      fallback: z.string().optional(),
+      /** Why `name` is the safe name already. */
+      reason: reasonSchema.optional(),
+    })
+    .optional(),
   /** µm per pixel from the manifest or the catalogue. */
   mpp: z.number().optional(),
   mppSource: z.enum(['manifest', 'catalogue']).optional(),
   /** Names of the models to run. */
   models: z.array(z.string()),
+  /** The models as the row asks for them, `name` or `name@version`; absent where it names none. */
+  wantedModels: z.array(z.string()).optional(),
+  /** What an earlier run took in of the slide, where this run is to use that. */
+  bronze: bronzeSlideSchema.optional(),
   /** Every further column of the manifest, and the fields kept from the catalogue; the manifest's own win. */
   metadata: z.record(z.string(), z.string()),
   /** Absent where the stage has no catalogue, or the row was not looked up. */
@@ -179,6 +253,8 @@ export interface Plan {
   run: RunContext;
   codeVersion: string;
   models: (ModelRef & { model: Model })[];
+  /** The version that each model asked for was found to be, by the text that asks: `name` → `name@version`. */
+  versions?: Record<string, string>;
   counts: Partial<Record<SlideState, number>>;
   /** Absent where the stage has no catalogue. */
   catalogue?: CatalogueSummary;
@@ -194,27 +270,6 @@ export interface CatalogueSummary {
   reasons: Record<string, number>;
   /** Why the run goes on without the catalogue. */
   warning?: Reason;
-}
-
-// --- ingestion --------------------------------------------------------------------------------------------------
-
-/** One object in Bronze. `checksum` is S3's full-object `crc64nvme:<base64>`. */
-export interface BronzeFile {
-  key: string;
-  versionId?: string;
-  size: number;
-  checksum: string;
-}
-
-/** What ingestion leaves on record for a slide. */
-export interface BronzeSlide {
-  bucket: string;
-  /** The file that is opened, one of `files`. */
-  key: string;
-  files: BronzeFile[];
-  size: number;
-  /** The slide's checksum: that of its one file, or `sha256:<hex>` over `<name> <checksum>\n` of all, sorted. */
-  checksum: string;
 }
 
 // --- jobs -----------------------------------------------------------------------------------------------------
@@ -317,7 +372,10 @@ export const completionSchema = z.object({
   tissue: z.object({ areaMm2: z.number(), mpp: z.number() }).optional(),
   /** File name to checksum and size of what stands beside this marker. */
   outputs: z.record(z.string(), z.object({ sha256: z.string(), bytes: z.number().int() })),
+  /** Seconds, by stage. */
   timings: z.record(z.string(), z.number()),
+  /** Shares of what each part of the pipeline needed by itself; they overlap, and the largest bounds. */
+  bound: z.record(z.string(), z.number()).optional(),
   requests: z.object({ get: z.number().int(), put: z.number().int() }),
   device: z.string(),
 });
@@ -373,6 +431,8 @@ export interface SlideResult {
   heatmap: HeatmapGeometry | null;
   /** Seconds, by stage of the container. */
   timings: Record<string, number>;
+  /** Shares of the container's time, by part: what bounded it. */
+  bound?: Completion['bound'];
   lineage: {
     jobName: string;
     device: string;
@@ -408,6 +468,9 @@ export interface SlideItem {
   state: SlideState;
   reason?: Reason;
   bronze?: BronzeSlide;
+  name?: SlideName;
+  /** The slide that brought the same content first; `bronze` is then what that one was taken in as. */
+  duplicateOf?: { runId: string; study: string; slideId: string };
   results?: ResultSummary[];
   /** AWS requests counted for this slide, by class. */
   requests?: Record<string, number>;
@@ -419,6 +482,9 @@ export interface RunItem extends RunContext {
   state: RunState;
   reason?: Reason;
   executionArn: string;
+  /** When the plan stood, and when the last slide was taken in. */
+  plannedAt?: string;
+  ingestedAt?: string;
   endedAt?: string;
   counts?: Partial<Record<SlideState, number>>;
 }
@@ -433,6 +499,8 @@ export interface JobItem {
   instanceType: string;
   instanceCount: number;
   instanceSeconds: number;
+  /** As SageMaker says it; absent for a job that never began. */
+  endedAt?: string;
 }
 
 /**
@@ -469,6 +537,8 @@ export interface OverlayProgress {
 export interface RunSummary {
   runId: string;
   study: string;
+  /** The run that this one follows. */
+  followUp?: RunContext['followUp'];
   manifest: ObjectRef & { etag: string };
   state: RunState;
   reason: Reason | null;

@@ -14,6 +14,8 @@ export const TRANSITIONS = {
   ingestion: 3,
   /** Is it to be ingested?, then Ingest slide or Nothing to ingest; for every line of the plan. */
   row: 2,
+  /** Is it all copied?, Slide decided; for every slide that was to be ingested. Hand-overs come on top. */
+  slide: 2,
   /** Run inference, Aggregate slides. */
   inference: 2,
   /** Run job, Record job. */
@@ -34,7 +36,8 @@ export interface CountedRun {
 }
 
 export function transitionsOf({ rows, expected, jobs }: CountedRun): number {
-  const ingestion = expected > 0 ? TRANSITIONS.ingestion + rows * TRANSITIONS.row : 0;
+  const ingestion =
+    expected > 0 ? TRANSITIONS.ingestion + rows * TRANSITIONS.row + expected * TRANSITIONS.slide : 0;
   const inference = jobs.length > 0 ? TRANSITIONS.inference + jobs.length * TRANSITIONS.job : 0;
   return TRANSITIONS.run + ingestion + inference;
 }

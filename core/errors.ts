@@ -25,10 +25,19 @@ export class ManifestGone extends SlidewayError {}
 /** More models in one run than it may have. */
 export class TooManyModels extends SlidewayError {}
 
+/** A run that is to be followed is not in the state table. */
+export class RunNotFound extends SlidewayError {}
+/** The manifest of a follow-up run would overwrite another. */
+export class FollowUpTaken extends SlidewayError {}
+/** Runs for slides that came late could not be started; the next sweep tries again. */
+export class FollowUpsFailed extends SlidewayError {}
+
 /** No package is registered under that name and version. */
 export class ModelNotFound extends SlidewayError {}
 /** A package that cannot be read, or whose model.json breaks the schema. */
 export class ModelPackageInvalid extends SlidewayError {}
+/** A package whose weights are in a form that this version does not run. */
+export class ModelFormatNotSupported extends ModelPackageInvalid {}
 /** The package asks for a mode that this version does not run. */
 export class ModelModeNotSupported extends SlidewayError {}
 
@@ -49,6 +58,16 @@ export class SlideChanged extends SlidewayError {}
 export class SlideEmpty extends SlidewayError {}
 /** Bronze is write-once, and other content stands under the slide's name. */
 export class NameTaken extends SlidewayError {}
+/** S3 takes no object of that name. */
+export class NameRefused extends SlidewayError {}
+/** The stage's `canonicalName` is no template. */
+export class NameTemplateInvalid extends SlidewayError {}
+/** The stage allows no content that is in Bronze already. */
+export class ContentSeen extends SlidewayError {}
+/** A slide that could not be copied in as many invocations as one slide may have. */
+export class CopyTooSlow extends SlidewayError {}
+/** What an earlier run took into Bronze is no longer there as it was. */
+export class BronzeChanged extends SlidewayError {}
 /** What arrived in Bronze is not what lies in Landing. */
 export class ChecksumMismatch extends SlidewayError {}
 

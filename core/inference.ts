@@ -43,6 +43,7 @@ export async function planInference(
   { s3, state, lineage, silverBucket, config }: InferenceDependencies,
 ): Promise<{ jobs: InferenceJob[]; slides: Written }> {
   const { runId } = run;
+  await state.updateRun(runId, { ingestedAt: new Date().toISOString() });
   const plan = (await readJson(s3, { bucket: silverBucket, key: planKey(runId) })) as Plan;
   const items = new Map<string, SlideItem>();
   for await (const item of state.slides(runId)) if (TAKES_PART.has(item.state)) items.set(item.slideId, item);

@@ -1,7 +1,7 @@
 /** RecordJob and FailSlide: how things ended that the functions themselves did not see. */
-import type { InferenceJob, JobItem, Reason, RunContext } from './contracts.ts';
+import type { InferenceJob, JobItem, Reason, RunContext, SlideItem } from './contracts.ts';
 import type { Lineage } from './lineage.ts';
-import type { StateTable } from './state.ts';
+import { isFinal, type StateTable } from './state.ts';
 
 export interface JobOutcome {
   run: RunContext;
@@ -23,13 +23,14 @@ export interface JobOutcome {
 export async function recordJob(
   { run, job, attempt, done, failure }: JobOutcome,
   { state, lineage }: { state: StateTable; lineage: Lineage },
-): Promise<{ jobName: string; state: JobItem['state'] }> {
+): Promise<Pick<JobItem, 'jobName' | 'state' | 'instanceSeconds'>> {
   const description = failure ? parseCause(failure.cause) : {};
   const start = done?.startTime ?? description.ProcessingStartTime;
   const end = done?.endTime ?? description.ProcessingEndTime;
   const jobName = `${job.jobName}-${attempt}`;
   const imageUri = done?.imageUri ?? imageOf(description);
   const roleArn = done?.roleArn ?? description.RoleArn;
+  const endedAt = isoTime(end);
   const item: JobItem = {
     jobName,
     model: job.model,
@@ -40,6 +41,7 @@ export async function recordJob(
     instanceCount: job.instanceCount,
     instanceSeconds:
       Math.round((secondsBetween(start, end) * job.instanceCount + Number.EPSILON) * 1000) / 1000,
+    ...(endedAt && { endedAt }),
   };
   await state.putJob(run.runId, item);
   await lineage.append(
@@ -62,11 +64,11 @@ export async function recordJob(
         instanceType: job.instanceType,
         instanceCount: job.instanceCount,
         startedAt: isoTime(start),
-        endedAt: isoTime(end),
+        endedAt,
       },
     },
   );
-  return { jobName, state: item.state };
+  return { jobName, state: item.state, instanceSeconds: item.instanceSeconds };
 }
 
 export interface SlideFailure {
@@ -81,20 +83,46 @@ export interface SlideFailure {
 /** Ends a slide FAILED that no function could end itself: a time-out, a crash, an error nobody foresaw. */
 export async function failSlide(
   { run, slideId, slide, stage, error, cause }: SlideFailure,
-  { state, lineage }: { state: StateTable; lineage: Lineage },
+  deps: { state: StateTable; lineage: Lineage },
 ): Promise<{ slideId: string }> {
+  const item = await deps.state.slide(run.runId, slideId);
+  // Its last invocation did its work, and was ended before it could say so.
+  if (stage === 'IngestSlides' && item?.state === 'INGESTED') return { slideId };
   const reason: Reason = { error, message: `${stage}: ${causeMessage(cause)}` };
-  await lineage.append(
-    { slideId },
-    {
-      id: `${run.runId}/failed/${stage}`,
-      runId: run.runId,
-      action: 'SLIDE_FAILED',
-      reason: `${error}: ${reason.message}`,
-    },
-  );
-  await state.transition(run.runId, slideId, 'FAILED', { slide, reason });
+  await endFailed({ runId: run.runId, slideId, slide, stage, reason, item }, deps);
   return { slideId };
+}
+
+/** Ends a slide FAILED, on record first; one that has ended stays as it ended. Answers how it stands. */
+export async function endFailed(
+  {
+    runId,
+    slideId,
+    slide,
+    stage,
+    reason,
+    item,
+  }: Pick<SlideFailure, 'slideId' | 'slide' | 'stage'> & {
+    runId: string;
+    reason: Reason;
+    /** As it stood just now. */
+    item: Pick<SlideItem, 'state'> | undefined;
+  },
+  { state, lineage }: { state: StateTable; lineage: Lineage },
+): Promise<SlideItem | undefined> {
+  if (!item || !isFinal(item.state)) {
+    await lineage.append(
+      { slideId },
+      {
+        id: `${runId}/failed/${stage}`,
+        runId,
+        action: 'SLIDE_FAILED',
+        reason: `${reason.error}: ${reason.message}`,
+      },
+    );
+    await state.transition(runId, slideId, 'FAILED', { slide, reason });
+  }
+  return state.slide(runId, slideId);
 }
 
 /** What a Lambda error or a failed job says in a state machine's `Cause`, in one line of at most 500 characters. */

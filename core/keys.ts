@@ -26,4 +26,11 @@ export const messageKey = (runId: string) => `${runPrefix(runId)}message.json`;
 /** How far the pushing of heatmaps to the catalogue has come. */
 export const overlaysKey = (runId: string) => `${runPrefix(runId)}overlays.json`;
 
+/** The manifest of a run that follows another; lies with the run that is followed. */
+export const followUpKey = (of: string, kind: 'late' | 'replay', id: string) =>
+  `${runPrefix(of)}follow-ups/${kind}-${id}/repo.csv`;
+
+/** What a day's sweeps found. */
+export const sweepKey = (date: string) => `sweeps/${date}.json`;
+
 export const modelKey = (name: string, version: string) => `models/${name}/${version}/model.tar.gz`;

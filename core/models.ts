@@ -7,12 +7,18 @@ import { paginateListObjectsV2, type S3Client } from '@aws-sdk/client-s3';
 import { extract } from 'tar-stream';
 import { z } from 'zod';
 import { type Model, type ModelRef, modelSchema } from './contracts.ts';
-import { ModelModeNotSupported, ModelNotFound, ModelPackageInvalid } from './errors.ts';
+import {
+  ModelFormatNotSupported,
+  ModelModeNotSupported,
+  ModelNotFound,
+  ModelPackageInvalid,
+} from './errors.ts';
 import { modelKey } from './keys.ts';
-import { readObject } from './store.ts';
+import { openObject } from './store.ts';
 
 const DESCRIPTOR_LIMIT = 1 << 20;
 const WEIGHTS = ['model.pt', 'model.onnx', 'code/inference.py'];
+const SUPPORTED = 'model.pt';
 
 export interface ModelPackage {
   model: Model;
@@ -48,10 +54,23 @@ export async function readModelPackage(bytes: Readable): Promise<ModelPackage> {
       descriptor = Buffer.concat(chunks).toString('utf8');
     });
   });
+  // What breaks the reading says nothing about the package.
+  let broken: { error: unknown } | undefined;
+  async function* hashed() {
+    try {
+      for await (const chunk of bytes) {
+        hash.update(chunk as Buffer);
+        yield chunk as Buffer;
+      }
+    } catch (error) {
+      broken = { error };
+      throw error;
+    }
+  }
   try {
-    bytes.on('data', (chunk) => hash.update(chunk as Buffer));
-    await pipeline(bytes, createGunzip(), unpack);
+    await pipeline(hashed, createGunzip(), unpack);
   } catch (error) {
+    if (broken) throw broken.error;
     throw new ModelPackageInvalid(`not a readable model.tar.gz: ${(error as Error).message}`, {
       cause: error,
     });
@@ -60,6 +79,11 @@ export async function readModelPackage(bytes: Readable): Promise<ModelPackage> {
   const model = parseModel(descriptor);
   if (!WEIGHTS.some((name) => names.has(name))) {
     throw new ModelPackageInvalid(`the package holds none of ${WEIGHTS.join(', ')}`);
+  }
+  if (!names.has(SUPPORTED)) {
+    throw new ModelFormatNotSupported(
+      'only TorchScript is run so far: put the model into the package as model.pt',
+    );
   }
   return { model, digest: `sha256:${hash.digest('hex')}` };
 }
@@ -108,18 +132,18 @@ export async function resolveModel(
   const [name = '', wantedVersion] = wanted.split('@');
   const version = wantedVersion ?? (await newestVersion(s3, bucket, name));
   const key = version === undefined ? undefined : modelKey(name, version);
-  const body = key && (await readObject(s3, { bucket, key }));
-  if (!version || !key || !body) {
+  const opened = key && (await openObject(s3, { bucket, key }));
+  if (!version || !opened) {
     throw new ModelNotFound(
       `No model \`${wanted}\` is registered; put its package at models/<name>/<version>/model.tar.gz.`,
     );
   }
   let found: ModelPackage;
   try {
-    found = await readModelPackage(body);
+    found = await readModelPackage(opened.body);
   } catch (error) {
     if (error instanceof ModelPackageInvalid)
-      throw new ModelPackageInvalid(`Model \`${name}@${version}\`: ${error.message}`);
+      error.message = `Model \`${name}@${version}\`: ${error.message}`;
     throw error;
   }
   const { model, digest } = found;
@@ -133,7 +157,8 @@ export async function resolveModel(
       `Model \`${name}@${version}\` asks for mode ${model.mode}, which is not available. Set "mode": "processing" in its model.json.`,
     );
   }
-  return { name, version, digest, bucket, key, model };
+  const { body: _, ...ref } = opened;
+  return { name, version, digest, ...ref, model };
 }
 
 async function newestVersion(s3: S3Client, bucket: string, name: string): Promise<string | undefined> {

@@ -1,21 +1,26 @@
 /** PlanRun: what the manifest asks for, held against what lies in Landing and in the model register. */
 import { createHash } from 'node:crypto';
-import { paginateListObjectsV2, type S3Client } from '@aws-sdk/client-s3';
+import type { S3Client } from '@aws-sdk/client-s3';
+import { askCatalogue, type CatalogueSource, entryOf, type FoundSlide, squareMpp } from './catalogue.ts';
 import type {
+  BronzeSlide,
   Model,
   ModelRef,
   Plan,
   PlannedSlide,
   Reason,
   RunContext,
-  SlideSource,
   SlideState,
 } from './contracts.ts';
 import { classify, ManifestGone, reasonOf, SlidewayError, TooManyModels } from './errors.ts';
+import { landingOf, type TakenIn, takenIn } from './follow-up.ts';
 import { bronzePrefix, planKey, slidesKey } from './keys.ts';
+import { LandingListing } from './landing.ts';
+import { awaitMissing, type Late } from './late.ts';
 import { contentId, type Lineage } from './lineage.ts';
 import { type ManifestRow, parseManifest, splitModels } from './manifest.ts';
 import { resolveModel } from './models.ts';
+import { canonicalName, type NameTemplate, parseNameTemplate } from './names.ts';
 import type { StateTable } from './state.ts';
 import { readBytes, sha256, type Written, writeJson, writeLines } from './store.ts';
 
@@ -29,19 +34,31 @@ export interface PlanDependencies {
   silverBucket: string;
   modelsBucket: string;
   codeVersion: string;
+  /** Absent where the stage has none. */
+  catalogue?: CatalogueSource;
+  names?: NameTemplate;
+  /** Where MISSING slides wait to come. */
+  late: Late;
+  /** How long nothing must have come of a slide of several files, for it to be whole. */
+  quietMs?: number;
 }
+
+const DEFAULT_NAMES = parseNameTemplate('{case_id}_{stain}_{slide_id}');
 
 export async function planRun(
   run: RunContext,
-  { s3, state, lineage, silverBucket, modelsBucket, codeVersion }: PlanDependencies,
+  deps: PlanDependencies,
 ): Promise<{ slides: Written; total: number; expected: number }> {
+  const { s3, state, lineage, silverBucket, modelsBucket, codeVersion, catalogue, names } = deps;
   const bytes = await readBytes(s3, run.manifest);
   if (!bytes)
     throw new ManifestGone(`${run.manifest.key} is no longer in Landing as it was when the run began.`);
   const rows = parseManifest(bytes);
-  const landing = await LandingListing.read(s3, run.manifest.bucket, run.study);
+  const landing = await LandingListing.read(s3, landingOf(run), run.study, deps.quietMs);
   const models = await resolveModels(rows, run, (wanted) => resolveModel(s3, modelsBucket, wanted));
-  const slides = planSlides(rows, run, landing, models);
+  const asked = await askCatalogue(rows, catalogue);
+  const before = run.followUp && (await takenIn(s3, state, silverBucket, run.followUp.of));
+  const slides = planSlides(rows, run, landing, models, asked.found, before, names);
 
   const counts: Plan['counts'] = {};
   for (const slide of slides) counts[slide.state] = (counts[slide.state] ?? 0) + 1;
@@ -50,11 +67,18 @@ export async function planRun(
     run,
     codeVersion,
     models: [...models.values()].filter((found) => 'model' in found).filter(({ name }) => used.has(name)),
+    versions: Object.fromEntries(
+      [...models].flatMap(([text, found]) =>
+        'model' in found ? [[text, `${found.name}@${found.version}`]] : [],
+      ),
+    ),
     counts,
+    ...(asked.summary && { catalogue: asked.summary }),
   };
   const head = await writeJson(s3, { bucket: silverBucket, key: planKey(run.runId) }, plan);
   const written = await writeLines(s3, { bucket: silverBucket, key: slidesKey(run.runId) }, slides);
-  await state.updateRun(run.runId, { counts });
+  await awaitMissing(run, slides, deps);
+  await state.updateRun(run.runId, { counts, plannedAt: new Date().toISOString() });
   await lineage.append(
     { runId: run.runId },
     {
@@ -76,7 +100,12 @@ export async function planRun(
         })),
       ],
       outputs: [head, written],
-      parameters: { ...run.parameters, defaultModel: run.defaultModel, counts },
+      parameters: {
+        ...run.parameters,
+        defaultModel: run.defaultModel,
+        counts,
+        ...(asked.summary && { catalogue: asked.summary }),
+      },
     },
   );
   return { slides: written, total: slides.length, expected: counts.EXPECTED ?? 0 };
@@ -123,127 +152,6 @@ export async function resolveModels(
   return models;
 }
 
-// --- what lies in Landing -----------------------------------------------------------------------------------
-
-interface Folder {
-  files: number;
-  size: number;
-  dicom: boolean;
-}
-
-/** The objects of a study's folder, by path relative to it, and what its folders hold. */
-export class LandingListing {
-  readonly bucket: string;
-  readonly study: string;
-  readonly #objects = new Map<string, { size: number; etag: string }>();
-  readonly #folders = new Map<string, Folder>();
-  #folded: Map<string, string> | undefined;
-
-  constructor(
-    bucket: string,
-    study: string,
-    objects: Iterable<{ path: string; size: number; etag: string }>,
-  ) {
-    this.bucket = bucket;
-    this.study = study;
-    for (const { path, size, etag } of objects) {
-      if (path.endsWith('/')) continue;
-      this.#objects.set(path, { size, etag });
-      for (let slash = path.indexOf('/'); slash !== -1; slash = path.indexOf('/', slash + 1)) {
-        const name = path.slice(0, slash + 1);
-        const folder = this.#folders.get(name) ?? { files: 0, size: 0, dicom: false };
-        folder.files += 1;
-        folder.size += size;
-        folder.dicom ||= /\.dcm$/i.test(path);
-        this.#folders.set(name, folder);
-      }
-    }
-  }
-
-  static async read(s3: S3Client, bucket: string, study: string): Promise<LandingListing> {
-    const prefix = `${study}/`;
-    const objects: { path: string; size: number; etag: string }[] = [];
-    for await (const page of paginateListObjectsV2({ client: s3 }, { Bucket: bucket, Prefix: prefix })) {
-      for (const { Key = '', Size = 0, ETag = '' } of page.Contents ?? []) {
-        objects.push({ path: Key.slice(prefix.length), size: Size, etag: ETag });
-      }
-    }
-    return new LandingListing(bucket, study, objects);
-  }
-
-  /** The slide at a path: its source, or the reason why it is not one. */
-  find(path: string): SlideSource | { state: 'MISSING' | 'QUARANTINED'; reason: Reason } {
-    const object = this.#objects.get(path);
-    if (!object) return this.#findFolder(path);
-    const { bucket } = this;
-    const key = `${this.study}/${path}`;
-    if (object.size === 0) {
-      return quarantine('SlideEmpty', `${path} has no bytes. Copy it again from the scanner's drive.`);
-    }
-    const companion = companionFolder(path);
-    if (!companion) return { bucket, kind: 'file', key, files: 1, ...object };
-    const folder = this.#folders.get(companion.folder);
-    if (!folder) {
-      return quarantine(
-        'SlideIncomplete',
-        `${path} needs its folder ${companion.folder} beside it, which is not in Landing.`,
-      );
-    }
-    return {
-      bucket,
-      kind: companion.kind,
-      key,
-      folder: `${this.study}/${companion.folder}`,
-      files: folder.files + 1,
-      size: folder.size + object.size,
-      etag: object.etag,
-    };
-  }
-
-  #findFolder(path: string): ReturnType<LandingListing['find']> {
-    const folder = this.#folders.get(`${path}/`);
-    if (folder?.dicom) {
-      const key = `${this.study}/${path}/`;
-      return { bucket: this.bucket, kind: 'dicom', key, folder: key, files: folder.files, size: folder.size };
-    }
-    if (folder)
-      return quarantine(
-        'SlideNotRecognised',
-        `${path} is a folder, but not of DICOM files (.dcm). Name the slide's file.`,
-      );
-    const like = this.#likeNamed(path);
-    return {
-      state: 'MISSING',
-      reason: {
-        error: 'SlideMissing',
-        message: like
-          ? `${path} is not in Landing, but ${like} is. Correct the name in the manifest.`
-          : `${path} is not in Landing under ${this.study}/. Check the name, or copy the slide there.`,
-      },
-    };
-  }
-
-  /** A path that differs in letter case or in the way its accents are encoded only. */
-  #likeNamed(path: string): string | undefined {
-    const fold = (text: string) => text.normalize('NFC').toLowerCase();
-    this.#folded ??= new Map([...this.#objects.keys()].map((name) => [fold(name), name]));
-    return this.#folded.get(fold(path));
-  }
-}
-
-const quarantine = (error: string, message: string) => ({
-  state: 'QUARANTINED' as const,
-  reason: { error, message },
-});
-
-/** The folder that belongs to a file of a format of several files. */
-function companionFolder(path: string): { kind: 'mrxs' | 'vsi'; folder: string } | undefined {
-  const [, parent = '', name = '', extension = ''] = /^(.*\/)?([^/]*)\.(mrxs|vsi)$/i.exec(path) ?? [];
-  if (/mrxs/i.test(extension)) return { kind: 'mrxs', folder: `${parent}${name}/` };
-  if (/vsi/i.test(extension)) return { kind: 'vsi', folder: `${parent}_${name}_/` };
-  return undefined;
-}
-
 // --- slides ---------------------------------------------------------------------------------------------------
 
 /** The manifest's `slide_id`, else one made of the slide's path, never of its base name alone. */
@@ -258,12 +166,18 @@ export function slideIdOf(study: string, row: Pick<ManifestRow, 'slide' | 'slide
   return `${slug || 'slide'}-${hash}`;
 }
 
-/** The plan's lines, one for each row, in the manifest's order. */
+/**
+ * The plan's lines, one for each row, in the manifest's order. `catalogue` has its entries by line, `before` what the
+ * run that this one follows has in Bronze, by slide id.
+ */
 export function planSlides(
   rows: ManifestRow[],
   run: RunContext,
   landing: Pick<LandingListing, 'find'>,
   models: Map<string, ResolvedModel>,
+  catalogue: ReadonlyMap<number, FoundSlide> = new Map(),
+  before: ReadonlyMap<string, TakenIn> = new Map(),
+  names: NameTemplate = DEFAULT_NAMES,
 ): PlannedSlide[] {
   const firstLine = new Map<string, number>();
   const linesOfId = new Map<string, Set<string>>();
@@ -273,14 +187,18 @@ export function planSlides(
   }
 
   return withIds.map(({ row, slideId }) => {
+    const known = catalogue.get(row.line);
+    const mpp = mppOf(row, known);
     const base: PlannedSlide = {
       line: row.line,
       slideId,
       slide: row.slide,
       state: 'EXPECTED',
       models: [],
-      metadata: row.metadata,
-      ...(row.mpp !== undefined && { mpp: row.mpp, mppSource: 'manifest' as const }),
+      ...(row.models && { wantedModels: row.models }),
+      metadata: { ...(known?.known && known.metadata), ...row.metadata },
+      ...(mpp && 'mpp' in mpp && mpp),
+      ...(known && { catalogue: entryOf(known) }),
     };
     const end = (state: SlideState, reason: Reason): PlannedSlide => ({ ...base, state, reason });
     if (row.reason) return end('QUARANTINED', row.reason);
@@ -299,14 +217,51 @@ export function planSlides(
       });
     }
     const found = landing.find(row.slide);
-    if ('state' in found) return end(found.state, found.reason);
+    const bronze = stillTaken(before.get(slideId), row.slide, found);
+    if (bronze) base.bronze = bronze;
+    else if ('state' in found) return end(found.state, found.reason);
+    if (mpp && 'reason' in mpp) return end('QUARANTINED', mpp.reason);
     const resolved = (row.models ?? splitModels(run.defaultModel)).map((text) => models.get(text));
     for (const model of resolved) if (model && 'reason' in model) return end('FAILED', model.reason);
     return {
       ...base,
-      source: found,
-      target: { prefix: bronzePrefix(run.study, slideId), name: row.slide.split('/').at(-1) ?? row.slide },
+      ...(!('state' in found) && { source: found }),
+      target: {
+        prefix: bronzePrefix(run.study, slideId),
+        ...canonicalName(
+          names,
+          { ...base.metadata, slide_id: slideId, study: run.study },
+          // The dots of a folder's name are no extension.
+          'kind' in found && found.kind === 'dicom' ? '' : row.slide,
+          slideId,
+        ),
+      },
       models: [...new Set(resolved.flatMap((model) => (model && 'model' in model ? [model.name] : [])))],
     };
   });
+}
+
+/** What an earlier run took in of the slide; nothing where other files lie in Landing by now. */
+function stillTaken(
+  taken: TakenIn | undefined,
+  slide: string,
+  found: ReturnType<LandingListing['find']>,
+): BronzeSlide | undefined {
+  if (taken?.slide !== slide) return undefined;
+  if ('state' in found) return found.state === 'MISSING' ? taken.bronze : undefined;
+  const { etag, files, size } = found;
+  const same =
+    taken.source?.etag === etag && taken.bronze.files.length === files && taken.bronze.size === size;
+  return same ? taken.bronze : undefined;
+}
+
+/** The manifest's pixel size, else the catalogue's; the reason where that one cannot be used. */
+function mppOf(
+  row: ManifestRow,
+  known: FoundSlide | undefined,
+): Required<Pick<PlannedSlide, 'mpp' | 'mppSource'>> | { reason: Reason } | undefined {
+  if (row.mpp !== undefined) return { mpp: row.mpp, mppSource: 'manifest' };
+  if (!known?.known || !known.mpp) return undefined;
+  const square = squareMpp(known.mpp);
+  return 'mpp' in square ? { mpp: square.mpp, mppSource: 'catalogue' } : square;
 }

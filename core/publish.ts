@@ -8,18 +8,22 @@ import type { S3Client } from '@aws-sdk/client-s3';
 import { PublishCommand, type SNSClient } from '@aws-sdk/client-sns';
 import { z } from 'zod';
 
-import { objectCreatedSchema } from './claim.ts';
+import { runInputSchema } from './claim.ts';
+import { forEachConcurrently } from './concurrency.ts';
 import {
   type JobItem,
   type Plan,
   type PlannedSlide,
   type Reason,
   type RunContext,
+  type RunItem,
   type RunState,
   runContextSchema,
+  type SlideItem,
   type SlideState,
 } from './contracts.ts';
 import { type CountedRun, costOf } from './cost.ts';
+import { endFailed } from './jobs.ts';
 import {
   messageKey,
   planKey,
@@ -33,12 +37,14 @@ import { contentId, type Lineage } from './lineage.ts';
 import { addCounts } from './metering.ts';
 import {
   claimMessage,
+  linkTo,
   MAX_PROBLEMS,
   type Problem,
   runMessage,
   shorten,
   withoutPatientData,
 } from './notification.ts';
+import { slideIdOf } from './plan.ts';
 import type { Prices } from './prices.ts';
 import { reportPages } from './report.ts';
 import {
@@ -50,12 +56,14 @@ import {
   type SlideEnd,
   type SlideRow,
   slideRow,
+  UNFINISHED,
 } from './results.ts';
 import type { StateTable } from './state.ts';
 import { readJson, readLines, type Written, writeJson, writeObject, writeText } from './store.ts';
 
 /** Pages of the report whose checksums go on record; the rest says what run.json says, which is on record. */
 const PAGES_ON_RECORD = 100;
+const S3_ADDRESS = 's3://{bucket}/{key}';
 
 const failureSchema = z.object({ stage: z.string(), error: z.string(), cause: z.string().default('') });
 export type Failure = z.infer<typeof failureSchema>;
@@ -64,7 +72,9 @@ export type Failure = z.infer<typeof failureSchema>;
 export const publishInputSchema = z.union([
   z.object({ run: runContextSchema, failure: failureSchema.optional() }),
   z.object({
-    event: z.object({ event: objectCreatedSchema }).or(objectCreatedSchema),
+    event: z.object({ event: runInputSchema }).or(runInputSchema),
+    /** The execution that asked: it may have claimed the run before it failed. */
+    execution: z.object({ arn: z.string(), startedAt: z.string() }).optional(),
     failure: failureSchema,
   }),
 ]);
@@ -79,6 +89,8 @@ export interface PublishDependencies {
   topicArn: string;
   codeVersion: string;
   prices: Prices;
+  /** How the message points at objects, with `{bucket}` and `{key}`. Default: by their S3 addresses. */
+  links?: string;
   now(): Date;
 }
 
@@ -88,8 +100,18 @@ export interface Published {
   counts: Partial<Record<SlideState, number>>;
   estimatedUsd: number;
   durationSeconds: number;
+  tiles: { ok: number; unreadable: number };
+  seconds: StepSeconds;
   /** False when the run had been published before. */
   first: boolean;
+}
+
+/** Seconds that the run was in each step; absent for a step that it never came to. */
+export interface StepSeconds {
+  plan?: number;
+  ingest?: number;
+  inference?: number;
+  aggregate?: number;
 }
 
 export async function publish(input: PublishInput, deps: PublishDependencies): Promise<Published> {
@@ -98,13 +120,23 @@ export async function publish(input: PublishInput, deps: PublishDependencies): P
 
 /** A manifest that never became a run has no record to write to; its message is all there is. */
 async function publishClaim(
-  { event, failure }: Extract<PublishInput, { event: unknown }>,
-  { sns, topicArn }: PublishDependencies,
+  { event, execution, failure }: Extract<PublishInput, { event: unknown }>,
+  deps: PublishDependencies,
 ): Promise<Published> {
-  const { bucket, object } = 'event' in event ? event.event.detail : event.detail;
-  const { subject, text } = claimMessage(`s3://${bucket.name}/${object.key}`, reasonOfFailure(failure));
+  const { sns, topicArn, state } = deps;
+  const run = execution && (await state.runOf(execution));
+  if (run) return publishRun(runContextSchema.parse(run), failure, deps);
+  const asked = 'event' in event ? event.event : event;
+  const { bucket, key } =
+    'followUp' in asked
+      ? asked.followUp.manifest
+      : { bucket: asked.detail.bucket.name, key: asked.detail.object.key };
+  const { subject, text } = claimMessage(`s3://${bucket}/${key}`, reasonOfFailure(failure));
   await sns.send(new PublishCommand({ TopicArn: topicArn, Subject: subject, Message: text }));
-  return { runId: null, state: 'FAILED', counts: {}, estimatedUsd: 0, durationSeconds: 0, first: true };
+  return {
+    ...{ runId: null, state: 'FAILED', counts: {}, estimatedUsd: 0, durationSeconds: 0 },
+    ...{ tiles: { ok: 0, unreadable: 0 }, seconds: {}, first: true },
+  };
 }
 
 async function publishRun(
@@ -121,7 +153,8 @@ async function publishRun(
   for await (const job of state.jobs(runId)) jobs.push(jobWithoutKeys(job));
 
   const lines = () => readLines<PlannedSlide>(s3, { bucket: silver, key: slidesKey(runId) });
-  const tally = await tallyOf(lines(), ends);
+  if (before?.endedAt === undefined) await endStragglers(runId, lines(), ends, deps);
+  const tally = await tallyOf(lines(), ends, run.study);
   const ended =
     before?.endedAt === undefined
       ? { ...endOf(tally, failure), endedAt: deps.now().toISOString() }
@@ -129,6 +162,7 @@ async function publishRun(
   const head: RunHead = {
     runId,
     study: run.study,
+    ...(run.followUp && { followUp: run.followUp }),
     manifest: run.manifest,
     ...ended,
     startedAt: run.startedAt,
@@ -202,6 +236,8 @@ async function publishRun(
     counts: head.counts,
     estimatedUsd: head.cost.estimatedUsd,
     durationSeconds: (Date.parse(head.endedAt) - Date.parse(head.startedAt)) / 1000,
+    tiles: tally.tiles,
+    seconds: stepSeconds(head, before),
     first,
   };
 }
@@ -218,17 +254,21 @@ class SlideEnds {
 
   static async read(state: StateTable, runId: string): Promise<SlideEnds> {
     const all = new SlideEnds();
-    for await (const { slideId, state: at, reason, bronze, results, requests } of state.slides(runId)) {
-      const end: SlideEnd = {
-        state: at,
-        ...(reason && { reason }),
-        ...(results && { results }),
-        ...(bronze && { checksum: bronze.checksum }),
-      };
-      all.#ends.set(slideId, JSON.stringify(end));
-      all.requests = addCounts(all.requests, requests);
+    for await (const item of state.slides(runId)) {
+      all.put(item);
+      all.requests = addCounts(all.requests, item.requests);
     }
     return all;
+  }
+
+  put({ slideId, state, reason, bronze, results }: SlideItem): void {
+    const end: SlideEnd = {
+      state,
+      ...(reason && { reason }),
+      ...(results && { results }),
+      ...(bronze && { checksum: bronze.checksum }),
+    };
+    this.#ends.set(slideId, JSON.stringify(end));
   }
 
   of(slideId: string): SlideEnd | undefined {
@@ -237,7 +277,28 @@ class SlideEnds {
   }
 }
 
+/**
+ * Ends the slides that are under way when their run ends: what comes of them later would be in no document. One that
+ * ends by itself meanwhile ends as it does.
+ */
+async function endStragglers(
+  runId: string,
+  lines: AsyncIterable<PlannedSlide>,
+  ends: SlideEnds,
+  deps: PublishDependencies,
+): Promise<void> {
+  await forEachConcurrently(lines, 16, async (planned) => {
+    const { slideId, slide } = planned;
+    const item = ends.of(slideId);
+    const { reason } = slideRow(planned, item);
+    if (planned.state !== 'EXPECTED' || reason?.error !== UNFINISHED) return;
+    const ended = await endFailed({ runId, slideId, slide, stage: 'PublishRun', reason, item }, deps);
+    if (ended) ends.put(ended);
+  });
+}
+
 interface Tally extends Pick<CountedRun, 'rows' | 'expected' | 'inferred'> {
+  tiles: { ok: number; unreadable: number };
   counts: Partial<Record<SlideState, number>>;
   /** The first of them, for the message. */
   problems: Problem[];
@@ -245,24 +306,50 @@ interface Tally extends Pick<CountedRun, 'rows' | 'expected' | 'inferred'> {
   reasons: Map<string, { reason: Reason; count: number }>;
 }
 
-async function tallyOf(lines: AsyncIterable<PlannedSlide>, ends: SlideEnds): Promise<Tally> {
-  const tally: Tally = { rows: 0, expected: 0, inferred: 0, counts: {}, problems: [], reasons: new Map() };
+async function tallyOf(lines: AsyncIterable<PlannedSlide>, ends: SlideEnds, study: string): Promise<Tally> {
+  const tally: Tally = {
+    ...{ rows: 0, expected: 0, inferred: 0, counts: {}, problems: [], reasons: new Map() },
+    tiles: { ok: 0, unreadable: 0 },
+  };
   for await (const planned of lines) {
     const row = slideRow(planned, ends.of(planned.slideId));
     tally.rows += 1;
     if (planned.state === 'EXPECTED') tally.expected += 1;
     if (row.results.length > 0) tally.inferred += 1;
+    for (const { tiles } of row.results) {
+      tally.tiles.ok += tiles.ok;
+      tally.tiles.unreadable += tiles.unreadable;
+    }
     tally.counts[row.state] = (tally.counts[row.state] ?? 0) + 1;
     if (!isProblem(row)) continue;
     const known = row.reason && tally.reasons.get(row.reason.error);
     if (known) known.count += 1;
     if (known && tally.problems.length >= MAX_PROBLEMS) continue;
-    const problem = withoutPatientData(row, planned.metadata);
+    const made = slideIdOf(study, { slide: planned.slide }) === planned.slideId;
+    const problem = withoutPatientData(row, planned.metadata, made);
     if (tally.problems.length < MAX_PROBLEMS) tally.problems.push(problem);
     if (problem.reason && !known)
       tally.reasons.set(problem.reason.error, { reason: problem.reason, count: 1 });
   }
   return tally;
+}
+
+/** From one step's beginning to the next one's, as far as the run came. */
+function stepSeconds({ startedAt, endedAt, jobs }: RunHead, run: RunItem | undefined): StepSeconds {
+  const { plannedAt, ingestedAt } = run ?? {};
+  const inferredAt = jobs
+    .flatMap((job) => job.endedAt ?? [])
+    .sort()
+    .at(-1);
+  const between = (from: string | undefined, to: string | undefined) =>
+    from && to ? Math.max(0, (Date.parse(to) - Date.parse(from)) / 1000) : undefined;
+  const steps = {
+    plan: between(startedAt, plannedAt),
+    ingest: between(plannedAt, ingestedAt),
+    inference: between(ingestedAt, inferredAt),
+    aggregate: between(inferredAt, endedAt),
+  };
+  return Object.fromEntries(Object.entries(steps).filter(([, seconds]) => seconds !== undefined));
 }
 
 /** How the run ended. One that failed for all its slides says what most of them failed for. */
@@ -299,6 +386,7 @@ function jobWithoutKeys({
   instanceType,
   instanceCount,
   instanceSeconds,
+  endedAt,
 }: JobItem): JobItem {
   return {
     jobName,
@@ -309,6 +397,7 @@ function jobWithoutKeys({
     instanceType,
     instanceCount,
     instanceSeconds,
+    ...(endedAt && { endedAt }),
   };
 }
 
@@ -318,14 +407,14 @@ function jobWithoutKeys({
 async function announce(
   head: RunHead,
   problems: Problem[],
-  { s3, sns, silver, topicArn, now }: PublishDependencies,
+  { s3, sns, silver, topicArn, links = S3_ADDRESS, now }: PublishDependencies,
 ): Promise<void> {
   const record = { bucket: silver, key: messageKey(head.runId) };
   if (await readJson(s3, record)) return;
   const { subject, text } = runMessage(head, problems, {
-    report: `s3://${silver}/${reportKey(head.runId)}`,
-    results: `s3://${silver}/${resultsCsvKey(head.runId)}`,
-    summary: `s3://${silver}/${runJsonKey(head.runId)}`,
+    report: linkTo(links, silver, reportKey(head.runId)),
+    results: linkTo(links, silver, resultsCsvKey(head.runId)),
+    summary: linkTo(links, silver, runJsonKey(head.runId)),
   });
   const { MessageId } = await sns.send(
     new PublishCommand({

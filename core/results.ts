@@ -52,8 +52,11 @@ export function slideRow(planned: PlannedSlide, item: SlideEnd | undefined): Sli
   };
 }
 
+/** The reason of a slide that was under way when its run ended. */
+export const UNFINISHED = 'Unfinished';
+
 const unfinished = (state: SlideState): Reason => ({
-  error: 'Unfinished',
+  error: UNFINISHED,
   message: `The run ended while the slide was ${state}. Drop the manifest again to have it done.`,
 });
 

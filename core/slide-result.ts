@@ -408,6 +408,7 @@ function slideResult(
     slideGeometry: marker.slide ?? null,
     heatmap: heatmap?.geometry ?? null,
     timings: marker.timings,
+    ...(marker.bound ? { bound: marker.bound } : {}),
     lineage: {
       jobName: marker.jobName,
       device: marker.device,

@@ -61,6 +61,38 @@ export class StateTable {
     }
   }
 
+  /** The run that an execution has claimed; from an index, which learns of a new run after a moment. */
+  async runOf(execution: { arn: string; startedAt: string }): Promise<RunItem | undefined> {
+    const pages = paginateQuery(
+      { client: this.#client },
+      {
+        TableName: this.#table,
+        IndexName: 'runs',
+        KeyConditionExpression: 'runs = :runs AND startedAt = :startedAt',
+        ExpressionAttributeValues: { ':runs': 'RUNS', ':startedAt': execution.startedAt },
+      },
+    );
+    for await (const page of pages) {
+      const found = page.Items?.find(({ executionArn }) => executionArn === execution.arn);
+      if (found) return found as RunItem;
+    }
+    return undefined;
+  }
+
+  /** Every run, the earliest first; one that was claimed a moment ago may not be among them yet. */
+  async *runs(): AsyncGenerator<RunItem> {
+    const pages = paginateQuery(
+      { client: this.#client },
+      {
+        TableName: this.#table,
+        IndexName: 'runs',
+        KeyConditionExpression: 'runs = :runs',
+        ExpressionAttributeValues: { ':runs': 'RUNS' },
+      },
+    );
+    for await (const page of pages) yield* (page.Items ?? []) as RunItem[];
+  }
+
   async run(runId: string): Promise<RunItem | undefined> {
     const { Item } = await this.#client.send(
       new GetCommand({ TableName: this.#table, Key: { pk: runPk(runId), sk: 'RUN' }, ConsistentRead: true }),

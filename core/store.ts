@@ -16,11 +16,19 @@ export interface Written extends ObjectRef {
 
 /** The object's body as a stream; `undefined` when there is no such object. */
 export async function readObject(s3: S3Client, ref: ObjectRef): Promise<Readable | undefined> {
+  return (await openObject(s3, ref))?.body;
+}
+
+/** The same with the version that it is of. */
+export async function openObject(
+  s3: S3Client,
+  { bucket, key, versionId }: ObjectRef,
+): Promise<(ObjectRef & { body: Readable }) | undefined> {
   try {
-    const answer = await s3.send(
-      new GetObjectCommand({ Bucket: ref.bucket, Key: ref.key, VersionId: ref.versionId }),
+    const { Body, VersionId } = await s3.send(
+      new GetObjectCommand({ Bucket: bucket, Key: key, VersionId: versionId }),
     );
-    return answer.Body as Readable;
+    return { bucket, key, ...(VersionId && { versionId: VersionId }), body: Body as Readable };
   } catch (error) {
     if (isNotFound(error)) return undefined;
     throw error;
@@ -34,19 +42,14 @@ export async function readBytes(s3: S3Client, ref: ObjectRef): Promise<Uint8Arra
 /** The object's bytes, and which version they are; `undefined` when there is no such object. */
 export async function readVersion(
   s3: S3Client,
-  { bucket, key, versionId }: ObjectRef,
+  ref: ObjectRef,
 ): Promise<(ObjectRef & { bytes: Uint8Array }) | undefined> {
-  try {
-    const { Body, VersionId } = await s3.send(
-      new GetObjectCommand({ Bucket: bucket, Key: key, VersionId: versionId }),
-    );
-    const chunks: Buffer[] = [];
-    for await (const chunk of Body as Readable) chunks.push(chunk as Buffer);
-    return { bucket, key, ...(VersionId && { versionId: VersionId }), bytes: Buffer.concat(chunks) };
-  } catch (error) {
-    if (isNotFound(error)) return undefined;
-    throw error;
-  }
+  const found = await openObject(s3, ref);
+  if (!found) return undefined;
+  const { body, ...version } = found;
+  const chunks: Buffer[] = [];
+  for await (const chunk of body) chunks.push(chunk as Buffer);
+  return { ...version, bytes: Buffer.concat(chunks) };
 }
 
 /** Parsed JSON; the caller checks its shape where it does not come from Slideway itself. */
@@ -107,13 +110,19 @@ export async function writeText(
   return { bucket, key, ...(VersionId && { versionId: VersionId }), checksum };
 }
 
+/** JSON on one line: readers of lines also break at U+2028 and U+2029, which JSON leaves as they are. */
+export const jsonLine = (value: unknown): string =>
+  JSON.stringify(value).replace(/[\u2028\u2029]/g, (character) =>
+    character === '\u2028' ? '\\u2028' : '\\u2029',
+  );
+
 export async function writeLines(
   s3: S3Client,
   ref: ObjectRef,
   values: AsyncIterable<unknown> | Iterable<unknown>,
 ): Promise<Written> {
   async function* lines() {
-    for await (const value of values) yield `${JSON.stringify(value)}\n`;
+    for await (const value of values) yield `${jsonLine(value)}\n`;
   }
   return writeText(s3, ref, lines(), 'application/x-ndjson');
 }

@@ -6,7 +6,6 @@
 import { Logger } from '@aws-lambda-powertools/logger';
 import { injectLambdaContext } from '@aws-lambda-powertools/logger/middleware';
 import { Metrics } from '@aws-lambda-powertools/metrics';
-import { logMetrics } from '@aws-lambda-powertools/metrics/middleware';
 import { DynamoDBClient } from '@aws-sdk/client-dynamodb';
 import { S3Client } from '@aws-sdk/client-s3';
 import { DynamoDBDocumentClient } from '@aws-sdk/lib-dynamodb';
@@ -14,12 +13,16 @@ import middy from '@middy/core';
 import type { Context } from 'aws-lambda';
 import type { z } from 'zod';
 import { classify } from '../core/errors.ts';
+import { Holdings } from '../core/holdings.ts';
+import { Late } from '../core/late.ts';
 import { Lineage } from '../core/lineage.ts';
 import { Meter } from '../core/metering.ts';
+import { LineageReader } from '../core/record.ts';
 import { StateTable } from '../core/state.ts';
 
 export const logger = new Logger();
-export const metrics = new Metrics();
+/** Metrics are by service and stage, unless more is said. */
+export const metrics = new Metrics({ defaultDimensions: { stage: environment('STAGE') } });
 /** Requests of this invocation so far; a Lambda works on one event at a time. */
 export const meter = new Meter();
 
@@ -48,6 +51,12 @@ function documentClient(): DynamoDBDocumentClient {
 
 export const stateTable = (): StateTable => new StateTable(documentClient(), environment('STATE_TABLE'));
 
+/** The state table as it knows what Bronze holds. */
+export const holdings = (): Holdings => new Holdings(documentClient(), environment('STATE_TABLE'));
+
+/** The state table as it knows which slides are late. */
+export const late = (): Late => new Late(documentClient(), environment('STATE_TABLE'));
+
 /** The lineage as this function writes it: under the name of its role. */
 export const lineage = (): Lineage =>
   new Lineage(
@@ -56,6 +65,10 @@ export const lineage = (): Lineage =>
     environment('POWERTOOLS_SERVICE_NAME'),
     environment('CODE_VERSION'),
   );
+
+/** The lineage as it is read. */
+export const lineageReader = (): LineageReader =>
+  new LineageReader(documentClient(), environment('LINEAGE_TABLE'));
 
 /** A Lambda handler around `work`, whose input has passed `schema`. */
 export function handle<Schema extends z.ZodType, Output>(
@@ -69,12 +82,17 @@ export function handle<Schema extends z.ZodType, Output>(
     return work(input, context);
   })
     .use(injectLambdaContext(logger, { resetKeys: true }))
-    .use(logMetrics(metrics))
+    .use({ after: publishMetrics, onError: publishMetrics })
     .onError((request) => {
       const error = classify(request.error);
       logger.error('failed', error as Error);
       throw error;
     });
+}
+
+/** Powertools' own middleware warns, in a line of no format, of every invocation without metrics. */
+function publishMetrics(): void {
+  if (metrics.hasStoredMetrics()) metrics.publishStoredMetrics();
 }
 
 /** The ids by which log lines of one run and one slide are found. */

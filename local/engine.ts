@@ -2,6 +2,7 @@
  * The local AWS as a whole: takes the packaged template, creates what is in it from the services beside this file,
  * takes up what an earlier engine left unfinished, and stops without losing anything.
  */
+import { randomUUID } from 'node:crypto';
 import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { z } from 'zod';
@@ -9,21 +10,27 @@ import { DynamoDb } from './dynamodb.ts';
 import { Events } from './events.ts';
 import { Gateway, type RequestCounts } from './gateway.ts';
 import { type Credentials, Iam } from './iam.ts';
+import { LambdaApi } from './lambda/api.ts';
+import { FunctionError } from './lambda/sandbox.ts';
 import { Lambda } from './lambda/service.ts';
 import { FolderLocked, isAlive, lock, thisProcess } from './lock.ts';
 import { Logs } from './logs.ts';
 import {
   bucketArn,
   functionArn,
+  queueArn,
   type Resource,
   roleArn,
   ruleArn,
   stateMachineArn,
   type TypeName,
 } from './resources.ts';
+import type { BucketLock, LockMode } from './s3/lock.ts';
 import { S3Service } from './s3/service.ts';
 import { SageMaker, type SageMakerOptions } from './sagemaker/service.ts';
+import { Secrets } from './secrets.ts';
 import { type Message, Sns } from './sns.ts';
+import { Sqs } from './sqs.ts';
 import { StepFunctions } from './stepfunctions/service.ts';
 import { loadPackage, type Stack } from './template.ts';
 import {
@@ -44,7 +51,7 @@ export interface LocalAwsOptions {
   python: string;
   /** The folder with one folder per container image. */
   containers: string;
-  /** How jobs run. Default `auto`: in Docker where an engine answers, else as processes. */
+  /** How jobs run. Default `auto`: in Docker where an engine has the image, else as processes. */
   executor?: 'auto' | 'process' | 'docker';
   /** Default 0: a free port. */
   port?: number;
@@ -84,6 +91,7 @@ export interface Services {
   s3: S3Service;
   dynamodb: DynamoDb;
   sns: Sns;
+  sqs: Sqs;
   logs: Logs;
   lambda: Lambda;
   sageMaker: SageMaker;
@@ -97,6 +105,8 @@ export class StateFolderInUse extends Error {
 }
 
 const EVENTS_SERVICE = 'events.amazonaws.com';
+const ASYNC_RETRIES = 2;
+const DAYS_A_YEAR = 365;
 
 const engineSchema = z.object({
   pid: z.number().int(),
@@ -192,6 +202,9 @@ class Engine {
     const events = new Events({
       folder: folder('events'),
       deliver: (delivery) => this.#deliver(delivery),
+      bury: async ({ queueArn, ruleArn: rule, input, attributes }) => {
+        this.services.sqs.send(queueArn, input, attributes, iam.serviceCaller(EVENTS_SERVICE, rule));
+      },
     });
     const lambda = new Lambda({
       folder: folder('lambda'),
@@ -213,6 +226,7 @@ class Engine {
         folder: folder('messages'),
         onMessage: (message) => options.onMessage?.(message),
       }),
+      sqs: new Sqs({ folder: folder('queues'), endpoint }),
       sageMaker: new SageMaker({
         folder: folder('jobs'),
         endpoint,
@@ -231,19 +245,22 @@ class Engine {
         ...(options.timeScale === undefined ? {} : { timeScale: options.timeScale }),
       }),
     };
-    const { s3, dynamodb, sns, sageMaker, stepFunctions } = this.services;
+    const { s3, dynamodb, sns, sqs, sageMaker, stepFunctions } = this.services;
     this.gateway = new Gateway({
       principals: (accessKeyId) => iam.principal(accessKeyId),
       services: {
         s3: { protocol: 's3', service: s3 },
         dynamodb: { protocol: 'json-body', service: dynamodb },
         sns: { protocol: 'query-body', service: sns },
+        sqs: { protocol: 'json', service: sqs },
+        lambda: { protocol: 'json-body', service: new LambdaApi(lambda) },
         states: { protocol: 'json', service: stepFunctions },
         sagemaker: {
           protocol: 'json',
           service: seenBy(sageMaker, (caller) => iam.passingTo('sagemaker.amazonaws.com', caller)),
         },
         logs: { protocol: 'json', service: logs },
+        secretsmanager: { protocol: 'json', service: new Secrets({ folder: folder('secrets') }) },
       },
     });
   }
@@ -251,6 +268,7 @@ class Engine {
   /** Creates what the template holds, then takes up what is unfinished, in the order in which it depends. */
   async start(): Promise<void> {
     this.#createRoles();
+    this.#createPermissions();
     for (const resource of this.#stack.resources) await this.#create(resource);
     await this.gateway.listen(this.#options.port ?? 0);
     if (this.#options.resume === false) return;
@@ -291,15 +309,39 @@ class Engine {
     }
   }
 
+  /** The policy of each function: all that AWS::Lambda::Permission grants on it anywhere in the template. */
+  #createPermissions(): void {
+    const statements = new Map<string, unknown[]>();
+    for (const { properties } of this.#of('AWS::Lambda::Permission')) {
+      const { Action, FunctionName, Principal, SourceArn, SourceAccount } = properties;
+      const arn = FunctionName.startsWith('arn:') ? FunctionName : functionArn(FunctionName);
+      const conditions = {
+        ...(SourceArn && { ArnLike: { 'aws:SourceArn': SourceArn } }),
+        ...(SourceAccount && { StringEquals: { 'aws:SourceAccount': SourceAccount } }),
+      };
+      const statement = {
+        Effect: 'Allow',
+        Principal: { Service: Principal },
+        Action,
+        Resource: arn,
+        Condition: conditions,
+      };
+      statements.set(arn, [...(statements.get(arn) ?? []), statement]);
+    }
+    for (const [arn, Statement] of statements) this.services.iam.setResourcePolicy(arn, { Statement });
+  }
+
   async #create(resource: Resource): Promise<void> {
-    const { iam, s3, dynamodb, sns, lambda, stepFunctions, events } = this.services;
+    const { iam, s3, dynamodb, sns, sqs, lambda, stepFunctions, events } = this.services;
     const { name } = resource;
     switch (resource.type) {
       case 'AWS::S3::Bucket': {
         const { VersioningConfiguration, NotificationConfiguration } = resource.properties;
+        const { ObjectLockEnabled, ObjectLockConfiguration } = resource.properties;
         await s3.createBucket(name, {
           versioning: VersioningConfiguration?.Status === 'Enabled',
           eventBridge: NotificationConfiguration?.EventBridgeConfiguration.EventBridgeEnabled ?? false,
+          ...(ObjectLockEnabled && { lock: lockOf(ObjectLockConfiguration?.Rule?.DefaultRetention) }),
         });
         break;
       }
@@ -308,6 +350,16 @@ class Engine {
         break;
       case 'AWS::DynamoDB::Table':
         await dynamodb.createTable(name, resource.properties);
+        break;
+      case 'AWS::SQS::Queue': {
+        const { VisibilityTimeout, MessageRetentionPeriod } = resource.properties;
+        sqs.createQueue(name, { visibilityTimeout: VisibilityTimeout, retention: MessageRetentionPeriod });
+        break;
+      }
+      case 'AWS::SQS::QueuePolicy':
+        for (const url of resource.properties.Queues) {
+          iam.setResourcePolicy(queueArn(url.split('/').at(-1) ?? ''), resource.properties.PolicyDocument);
+        }
         break;
       case 'AWS::SNS::Topic': {
         const subscribers = resource.properties.Subscription ?? [];
@@ -376,6 +428,11 @@ class Engine {
       sns.publish({ topicArn: targetArn, message: input, attributes: {} }, caller);
       return;
     }
+    if (targetArn.startsWith('arn:aws:lambda:')) {
+      const caller = iam.serviceCaller(EVENTS_SERVICE, delivery.ruleArn);
+      await this.#invokeLater(targetArn, JSON.parse(input), delivery.attempts, caller);
+      return;
+    }
     if (role === undefined) throw new UnsupportedLocally('a delivery without a role', targetArn);
     const start = stepFunctions.operations.StartExecution;
     if (start === undefined) throw new UnsupportedLocally('StartExecution', targetArn);
@@ -383,6 +440,30 @@ class Engine {
       await start({ stateMachineArn: targetArn, name: id, input } as never, iam.caller(role));
     } catch (error) {
       if (!(error instanceof ServiceError && error.code === 'ExecutionAlreadyExists')) throw error;
+    }
+  }
+
+  /**
+   * As Lambda does with asynchronous calls: one that the function fails is tried twice more, then goes to the
+   * function's destination for failures, or is dropped where it has none.
+   */
+  async #invokeLater(arn: string, payload: unknown, attempts: number, caller: Caller): Promise<void> {
+    const { iam, lambda, sqs } = this.services;
+    const config = this.#of('AWS::Lambda::EventInvokeConfig').find(
+      ({ properties }) => functionArn(properties.FunctionName) === arn,
+    )?.properties;
+    try {
+      await lambda.invoke(arn, payload, caller);
+    } catch (error) {
+      // The function's own log says what went wrong.
+      if (!(error instanceof FunctionError) || attempts < (config?.MaximumRetryAttempts ?? ASYNC_RETRIES)) {
+        throw error;
+      }
+      const destination = config?.DestinationConfig?.OnFailure?.Destination;
+      const role = this.#of('AWS::Lambda::Function').find(({ name }) => functionArn(name) === arn);
+      if (destination === undefined || role === undefined) return;
+      const record = failedInvocation(arn, payload, attempts + 1, error);
+      sqs.send(destination, JSON.stringify(record), {}, iam.caller(role.properties.Role));
     }
   }
 
@@ -419,6 +500,31 @@ class Engine {
       (resource): resource is Extract<Resource, { type: T }> => resource.type === type,
     );
   }
+}
+
+/** What Lambda sends to a destination for failures. */
+function failedInvocation(arn: string, payload: unknown, count: number, error: FunctionError) {
+  return {
+    version: '1.0',
+    timestamp: new Date().toISOString(),
+    requestContext: {
+      requestId: randomUUID(),
+      functionArn: `${arn}:$LATEST`,
+      condition: 'RetriesExhausted',
+      approximateInvokeCount: count,
+    },
+    requestPayload: payload,
+    responseContext: { statusCode: 200, executedVersion: '$LATEST', functionError: 'Unhandled' },
+    responsePayload: error.payload,
+  };
+}
+
+function lockOf(
+  retention: { Mode: LockMode; Days: number } | { Mode: LockMode; Years: number } | undefined,
+): BucketLock {
+  if (retention === undefined) return {};
+  const days = 'Days' in retention ? retention.Days : retention.Years * DAYS_A_YEAR;
+  return { default: { mode: retention.Mode, days } };
 }
 
 /** A service whose operations get the caller as it sees it. */

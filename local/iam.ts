@@ -67,6 +67,9 @@ const KNOWN_KEYS = [
   'aws:SourceAccount',
   'aws:SourceArn',
   'iam:PassedToService',
+  's3:if-match',
+  's3:if-none-match',
+  's3:ObjectCreationOperation',
 ].map((key) => key.toLowerCase());
 
 const oneOrMore = z.union([z.string(), z.array(z.string()).min(1)]);
@@ -169,8 +172,8 @@ export class Iam {
   passingTo(service: string, caller: Caller): Caller {
     return {
       arn: caller.arn,
-      authorize: (action, resource) => {
-        if (action !== 'iam:PassRole') return caller.authorize(action, resource);
+      authorize: (action, resource, context) => {
+        if (action !== 'iam:PassRole') return caller.authorize(action, resource, context);
         this.#authorize(this.#principalOf(caller), action, resource, { 'iam:passedtoservice': service });
         return this.assertAssumable(
           resource,
@@ -189,7 +192,8 @@ export class Iam {
   #caller(principal: Principal, extra: Context = {}): Caller {
     return {
       arn: nameOf(principal),
-      authorize: (action, resource) => this.#authorize(principal, action, resource, extra),
+      authorize: (action, resource, context) =>
+        this.#authorize(principal, action, resource, { ...context, ...extra }),
     };
   }
 

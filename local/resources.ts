@@ -3,6 +3,7 @@
  * that have no effect on one machine (and why), and what Ref and Fn::GetAtt answer. Anything else is refused.
  */
 import { z } from 'zod';
+import { LOCK_MODES } from './s3/lock.ts';
 import { LOCAL_ACCOUNT, LOCAL_REGION } from './types.ts';
 
 const number = z.coerce.number();
@@ -47,6 +48,9 @@ export const topicArn = arn('sns', '');
 export const functionArn = arn('lambda', 'function:');
 export const stateMachineArn = arn('states', 'stateMachine:');
 export const ruleArn = arn('events', 'rule/');
+export const queueArn = arn('sqs', '');
+/** The address of a queue as AWS gives it; the local service knows a queue by its end. */
+const queueUrl = (name: string) => `https://sqs.${LOCAL_REGION}.amazonaws.com/${LOCAL_ACCOUNT}/${name}`;
 
 const keySchema = z.array(z.strictObject({ AttributeName: z.string(), KeyType: z.enum(['HASH', 'RANGE']) }));
 const projection = z.strictObject({
@@ -60,6 +64,11 @@ const index = z.strictObject({
   Projection: projection,
   ProvisionedThroughput: throughput.optional(),
 });
+
+const retention = z.union([
+  z.strictObject({ Mode: z.enum(LOCK_MODES), Days: number.int().min(1) }),
+  z.strictObject({ Mode: z.enum(LOCK_MODES), Years: number.int().min(1) }),
+]);
 
 const policy = z.strictObject({ PolicyName: z.string(), PolicyDocument: document });
 
@@ -83,6 +92,13 @@ export const RESOURCE_TYPES = {
           EventBridgeConfiguration: z.strictObject({ EventBridgeEnabled: boolean.default(true) }),
         })
         .optional(),
+      ObjectLockEnabled: boolean.optional(),
+      ObjectLockConfiguration: z
+        .strictObject({
+          ObjectLockEnabled: z.literal('Enabled'),
+          Rule: z.strictObject({ DefaultRetention: retention }).optional(),
+        })
+        .optional(),
     }),
     noEffect: {
       BucketEncryption: NOT_ENCRYPTED,
@@ -90,8 +106,6 @@ export const RESOURCE_TYPES = {
       OwnershipControls: 'there is one account',
       LoggingConfiguration: NOT_REMOTE,
       LifecycleConfiguration: NOT_EXPIRED,
-      ObjectLockEnabled: 'whoever holds the disk can delete its files; the lock holds on AWS only',
-      ObjectLockConfiguration: 'whoever holds the disk can delete its files; the lock holds on AWS only',
       IntelligentTieringConfigurations: NOT_BILLED,
       Tags: NOT_LABELLED,
     },
@@ -131,6 +145,27 @@ export const RESOURCE_TYPES = {
     },
     ref: itself,
     attributes: { Arn: tableArn },
+  }),
+  'AWS::SQS::Queue': type({
+    nameProperty: 'QueueName',
+    schema: z.strictObject({
+      VisibilityTimeout: number.optional(),
+      MessageRetentionPeriod: number.optional(),
+    }),
+    noEffect: {
+      KmsDataKeyReusePeriodSeconds: NOT_ENCRYPTED,
+      KmsMasterKeyId: NOT_ENCRYPTED,
+      SqsManagedSseEnabled: NOT_ENCRYPTED,
+      Tags: NOT_LABELLED,
+    },
+    ref: queueUrl,
+    attributes: { Arn: queueArn, QueueName: itself, QueueUrl: queueUrl },
+  }),
+  'AWS::SQS::QueuePolicy': type({
+    schema: z.strictObject({ Queues: z.array(z.string()), PolicyDocument: document }),
+    noEffect: {},
+    ref: itself,
+    attributes: {},
   }),
   'AWS::SNS::Topic': type({
     nameProperty: 'TopicName',
@@ -215,6 +250,32 @@ export const RESOURCE_TYPES = {
     ref: functionArn,
     attributes: { Version: () => '1' },
   }),
+  'AWS::Lambda::EventInvokeConfig': type({
+    schema: z.strictObject({
+      FunctionName: z.string(),
+      Qualifier: z.literal('$LATEST'),
+      MaximumRetryAttempts: number.int().min(0).max(2).default(2),
+      DestinationConfig: z
+        .strictObject({ OnFailure: z.strictObject({ Destination: z.string() }).optional() })
+        .optional(),
+    }),
+    noEffect: { MaximumEventAgeInSeconds: 'what is retried here is retried within seconds' },
+    ref: itself,
+    attributes: {},
+  }),
+  'AWS::Lambda::Permission': type({
+    schema: z.strictObject({
+      Action: z.literal('lambda:InvokeFunction'),
+      /** Name or ARN. */
+      FunctionName: z.string(),
+      Principal: z.string(),
+      SourceArn: z.string().optional(),
+      SourceAccount: z.string().optional(),
+    }),
+    noEffect: {},
+    ref: itself,
+    attributes: {},
+  }),
   'AWS::Logs::LogGroup': type({
     nameProperty: 'LogGroupName',
     schema: z.strictObject({}),
@@ -243,8 +304,13 @@ export const RESOURCE_TYPES = {
                 InputTemplate: z.string(),
               })
               .optional(),
-            // An event waits here until its target accepts it; there is no end of retries to configure.
-            RetryPolicy: z.unknown().optional(),
+            RetryPolicy: z
+              .strictObject({
+                MaximumRetryAttempts: number.default(185),
+                MaximumEventAgeInSeconds: number.default(86_400),
+              })
+              .optional(),
+            DeadLetterConfig: z.strictObject({ Arn: z.string() }).optional(),
           }),
         )
         .default([]),

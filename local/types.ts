@@ -10,8 +10,11 @@ export const LOCAL_REGION = 'us-east-1';
 export interface Caller {
   /** ARN of the role, or of the account's root for the person at the keyboard. */
   arn: string;
-  /** Throws {@link ServiceError} `AccessDenied` unless the principal's policies allow `action` on `resource`. */
-  authorize(action: string, resource: string): void;
+  /**
+   * Throws {@link ServiceError} `AccessDenied` unless the principal's policies allow `action` on `resource`; `context`
+   * has the values of the service's own condition keys, by lower-case name.
+   */
+  authorize(action: string, resource: string, context?: Record<string, string>): void;
 }
 
 /** A service that reads the HTTP request itself (S3, DynamoDB, SNS's query protocol). */

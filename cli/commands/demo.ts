@@ -3,7 +3,7 @@ import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { availableParallelism } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { forEachConcurrently } from '../../core/concurrency.ts';
 import { CONTAINER, stateFolder, venvFolder, venvPython } from '../paths.ts';
 import { CommandFailed, command } from '../setup/command.ts';
@@ -22,21 +22,23 @@ export interface DemoOptions extends RunOptions {
 export async function demo(options: DemoOptions, streams: Streams, signal: AbortSignal): Promise<number> {
   const { screen } = streams;
   await ensureReady(screen, { stage: options.stage });
-  const folder = await makeStudy(screen, stateFolder(options.state), options);
-  return run(folder, { ...options, study: options.study ?? 'demo' }, streams, signal);
+  const folder = await drawStudy(screen, stateFolder(options.state), options);
+  // Other slides are another study: what Bronze holds under a name never changes.
+  return run(folder, { ...options, study: options.study ?? `demo-${basename(folder)}` }, streams, signal);
 }
 
 /** The demo's study: slides of this version of the generator, made once, and their manifest. */
-async function makeStudy(
+export async function drawStudy(
   screen: Screen,
   state: string,
   { slides, size }: Pick<DemoOptions, 'slides' | 'size'>,
 ): Promise<string> {
   const version = createHash('sha256')
     .update(await readFile(SCRIPT))
+    .update(size)
     .digest('hex')
-    .slice(0, 8);
-  const folder = join(state, 'demo', `${version}-${size}`);
+    .slice(0, 6);
+  const folder = join(state, 'demo', version);
   await mkdir(folder, { recursive: true });
   const names = Array.from({ length: slides }, (_, seed) => `demo-${seed + 1}.tiff`);
   const missing = [...names.entries()].filter(([, name]) => !existsSync(join(folder, name)));

@@ -89,7 +89,7 @@ export async function run(
       const found = await start(study, again, deployment, screen, signal);
       runId = found.runId;
       const ended = await follow(deployment, runId, screen, signal);
-      return await finish(deployment, ended, options, streams, signal);
+      return await finish(deployment, ended, found.state === 'RUNNING', options, streams, signal);
     } catch (error) {
       screen.clear();
       if (signal.aborted) {
@@ -110,7 +110,7 @@ export async function run(
 const hasGone = ({ elsewhere }: Deployment, folder: string): boolean =>
   elsewhere !== undefined && attachLocalAws(folder)?.pid !== elsewhere;
 
-const farewell = ({ elsewhere }: Deployment, runId: string | undefined): string =>
+export const farewell = ({ elsewhere }: Deployment, runId: string | undefined): string =>
   elsewhere === undefined
     ? `Stopped${runId ? ` in run ${runId}` : ''}. The same command goes on from here.`
     : `Process ${elsewhere} goes on with the run; the same command shows it again.`;
@@ -263,19 +263,27 @@ async function findRun(
 }
 
 /** Waits for the run that a manifest's event starts. */
-async function started(
+const started = (
   deployment: Deployment,
   study: string,
   versionId: string | undefined,
   signal: AbortSignal,
+): Promise<RunItem> =>
+  whenStarted(deployment, (item) => item.study === study && item.manifest.versionId === versionId, signal);
+
+/** Waits for the run that `is` tells from all others. */
+export async function whenStarted(
+  deployment: Deployment,
+  is: (item: RunItem) => boolean,
+  signal: AbortSignal,
 ): Promise<RunItem> {
   const deadline = Date.now() + START_TIMEOUT_MS;
   for (;;) {
-    const found = await findRun(deployment, study, versionId);
+    const found = (await listRuns(deployment)).find(is);
     if (found) return found;
     if (Date.now() > deadline) {
       throw new UserError(
-        `The manifest is in Landing, but no run has started within ${duration(START_TIMEOUT_MS / 1000)}. ` +
+        `The manifest is there, but no run has started within ${duration(START_TIMEOUT_MS / 1000)}. ` +
           'Look into the logs of claim-manifest in the state folder (logs/).',
       );
     }
@@ -284,7 +292,7 @@ async function started(
 }
 
 /** Shows the run until it has ended. */
-async function follow(
+export async function follow(
   deployment: Deployment,
   runId: string,
   screen: Screen,
@@ -316,9 +324,11 @@ async function follow(
 }
 
 /** Downloads and shows the results; answers the exit code. */
-async function finish(
+export async function finish(
   deployment: Deployment,
   ended: RunItem,
+  /** The run has ended just now. */
+  now: boolean,
   options: RunOptions,
   { screen, answer, width }: Streams,
   signal: AbortSignal,
@@ -335,7 +345,7 @@ async function finish(
     answer.print(JSON.stringify({ out: folder, report, run: summary ?? ended }, null, 2));
     return exitCodeOf(ended.state);
   }
-  await showMessage(deployment, runId, screen);
+  if (now) await showMessage(deployment, runId, screen);
   answer.print();
   for (const line of resultsTable(await readAnswers(deployment, ended), answer.paint, width))
     answer.print(line);

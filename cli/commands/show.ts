@@ -18,7 +18,7 @@ export interface ShowOptions {
 }
 
 /** Opens what the state folder holds, for looking only; `work` gets nothing where nothing has run yet. */
-async function reading<T>(
+export async function reading<T>(
   options: ShowOptions,
   { screen }: Streams,
   work: (deployment: Deployment | undefined) => Promise<T>,

@@ -1,10 +1,10 @@
 /** Takes a manifest version for one run; see README.md. */
 import { z } from 'zod';
-import { claimManifest, objectCreatedSchema } from '../../core/claim.ts';
+import { claimManifest, runInputSchema } from '../../core/claim.ts';
 import { parametersSchema } from '../../core/contracts.ts';
 import { environment, handle, lineage, stateTable } from '../runtime.ts';
 
-const inputSchema = z.object({ event: objectCreatedSchema, executionArn: z.string(), startedAt: z.string() });
+const inputSchema = z.object({ event: runInputSchema, executionArn: z.string(), startedAt: z.string() });
 
 const dependencies = {
   state: stateTable(),

@@ -1,8 +1,9 @@
 /** Records how an inference job ended; see README.md. */
+import { MetricUnit } from '@aws-lambda-powertools/metrics';
 import { z } from 'zod';
 import { inferenceJobSchema, runContextSchema } from '../../core/contracts.ts';
 import { recordJob } from '../../core/jobs.ts';
-import { handle, lineage, stateTable } from '../runtime.ts';
+import { handle, lineage, metrics, stateTable } from '../runtime.ts';
 
 const time = z.union([z.string(), z.number()]);
 const inputSchema = z.object({
@@ -23,4 +24,9 @@ const inputSchema = z.object({
 
 const dependencies = { state: stateTable(), lineage: lineage() };
 
-export const handler = handle(inputSchema, (input) => recordJob(input, dependencies));
+export const handler = handle(inputSchema, async (input) => {
+  const { jobName, state, instanceSeconds } = await recordJob(input, dependencies);
+  metrics.addMetric('InstanceSeconds', MetricUnit.Seconds, instanceSeconds);
+  metrics.addMetric('JobsFailed', MetricUnit.Count, state === 'FAILED' ? 1 : 0);
+  return { jobName, state };
+});

@@ -61,8 +61,8 @@ export class Multipart {
 
   async create(request: S3Request): Promise<Reply> {
     const { headers, tags } = describe(request);
-    authorizePut(request, tags);
-    this.#store.bucket(request.bucket);
+    authorizePut(request, tags, false);
+    const retention = this.#objects.retention(request);
     const named = request.header('x-amz-checksum-algorithm');
     const algorithm = named === undefined ? undefined : parseAlgorithm(named);
     const initiated = Date.now();
@@ -73,6 +73,7 @@ export class Multipart {
       initiated,
       headers,
       tags,
+      ...(retention && { retention }),
       ...(algorithm && { algorithm }),
       type: checksumType(request, algorithm),
     };
@@ -91,7 +92,7 @@ export class Multipart {
   }
 
   async uploadPart(request: S3Request): Promise<Reply> {
-    request.caller.authorize('s3:PutObject', request.objectArn);
+    authorizePut(request, [], false);
     const number = partNumber(request);
     const upload = await this.#find(request);
     const payload = new Payload(request, algorithmsOf(upload));
@@ -127,7 +128,7 @@ export class Multipart {
 
   /** Bytes are read, to be digested, but not written: the part is a range of the source's own file. */
   async copyPart(request: S3Request): Promise<Reply> {
-    request.caller.authorize('s3:PutObject', request.objectArn);
+    authorizePut(request, [], false);
     const number = partNumber(request);
     const upload = await this.#find(request);
     const source = this.#objects.source(request);
@@ -158,7 +159,7 @@ export class Multipart {
   }
 
   async complete(request: S3Request): Promise<Reply> {
-    request.caller.authorize('s3:PutObject', request.objectArn);
+    authorizePut(request, []);
     // The checksum in this request's headers is the object's, not the body's.
     const body = new Payload(request, [], false);
     const { Part: listed } = await readXml(body.digested(), 'CompleteMultipartUpload', COMPLETE);
@@ -192,6 +193,7 @@ export class Multipart {
         extents: joined,
         headers: upload.headers,
         tags: upload.tags,
+        ...(upload.retention && { retention: upload.retention }),
         pieces,
       };
       const version = await this.#objects.commit(request, 'CompleteMultipartUpload', draft, batch);

@@ -5,6 +5,7 @@ import { type Algorithm, type Checksum, Digests } from './checksum.ts';
 import { checkRead, checkSource, checkWrite } from './conditions.ts';
 import type { Content, Extent } from './content.ts';
 import type { Deliveries } from './deliveries.ts';
+import { checkUnlocked, type Retention, requestedRetention, retentionHeaders, retentionOf } from './lock.ts';
 import { BODY_BYTES, checksumHeader, Payload, type Proven, parseAlgorithm } from './payload.ts';
 import {
   Batch,
@@ -48,7 +49,7 @@ const KEPT_HEADERS = [
 
 /** Headers that would change what is stored, or who may have it, in ways that are not kept here. */
 const REFUSED_HEADERS =
-  /^x-amz-(object-lock-|server-side-encryption-customer-|copy-source-server-side-|website-redirect|grant-|write-offset)/;
+  /^x-amz-(object-lock-legal-hold|server-side-encryption-customer-|copy-source-server-side-|website-redirect|grant-|write-offset)/;
 
 export class Objects {
   readonly #store: Store;
@@ -64,6 +65,7 @@ export class Objects {
   async put(request: S3Request): Promise<Reply> {
     const { headers, tags } = describe(request);
     authorizePut(request, tags);
+    const retention = this.retention(request);
     const payload = new Payload(request, ['CRC64NVME']);
     if (payload.length > BODY_BYTES)
       throw new S3Error('EntityTooLarge', 'A body may have 5 GiB; use a multipart upload.', 400);
@@ -80,6 +82,7 @@ export class Objects {
         extents,
         headers,
         tags,
+        ...(retention && { retention }),
       };
       return this.commit(request, 'PutObject', draft);
     });
@@ -121,6 +124,7 @@ export class Objects {
     const replaceHeaders = directive(request, 'x-amz-metadata-directive') === 'REPLACE';
     const replaceTags = directive(request, 'x-amz-tagging-directive') === 'REPLACE';
     authorizePut(request, replaceTags ? described.tags : []);
+    const retention = this.retention(request);
     if (
       source.bucket === request.bucket &&
       source.key === request.key &&
@@ -152,6 +156,7 @@ export class Objects {
         extents: found.extents,
         headers: replaceHeaders ? described.headers : found.headers,
         tags: replaceTags ? described.tags : found.tags,
+        ...(retention && { retention }),
       };
       return this.commit(request, 'CopyObject', draft);
     });
@@ -276,9 +281,11 @@ export class Objects {
       const bucket = this.#store.bucket(name);
       const versions = await this.#store.versions(name, key);
       checkWrite(request, current(versions));
-      const { pieces, ...rest } = draft;
+      const { pieces, retention: asked, ...rest } = draft;
+      const retention = retentionOf(asked, bucket.lock);
       const made: ObjectVersion = {
         ...rest,
+        ...(retention && { retention }),
         id: bucket.versioning === 'Enabled' ? newVersionId() : 'null',
         modified: Date.now(),
       };
@@ -331,6 +338,11 @@ export class Objects {
     const action = versionId === undefined ? 's3:GetObject' : 's3:GetObjectVersion';
     request.caller.authorize(action, objectArn(bucket, key));
     return this.#holdVersion(request, bucket, key, versionId);
+  }
+
+  /** What a request for a new object asks to be kept for how long. */
+  retention(request: S3Request): Retention | undefined {
+    return requestedRetention(request, this.#store.bucket(request.bucket).lock);
   }
 
   versionHeader(bucket: string, version: Version): Record<string, string> {
@@ -432,6 +444,7 @@ export class Objects {
       }
       const id = versionId ?? 'null';
       const [kept, removed] = partition(versions, id);
+      for (const version of removed) if (!isMarker(version)) checkUnlocked(request, key, version.retention);
       if (removed.length > 0) await this.#write(new Batch().object(name, key, kept), removed);
       return {
         headers: {
@@ -479,6 +492,7 @@ export class Objects {
       etag: quoted(found.etag),
       'last-modified': httpTime(found.modified),
       ...this.versionHeader(request.bucket, found),
+      ...retentionHeaders(found.retention),
       ...(found.tags.length > 0 && { 'x-amz-tagging-count': String(found.tags.length) }),
       ...(whole &&
         request.header('x-amz-checksum-mode')?.toUpperCase() === 'ENABLED' &&
@@ -579,8 +593,14 @@ function directive(request: S3Request, header: string): 'COPY' | 'REPLACE' {
   return value;
 }
 
-export function authorizePut(request: S3Request, tags: Tag[]): void {
-  request.caller.authorize('s3:PutObject', request.objectArn);
+/** `creates` is false for what prepares an object only: the beginning of a multipart upload, and its parts. */
+export function authorizePut(request: S3Request, tags: Tag[], creates = true): void {
+  const context: Record<string, string> = { 's3:objectcreationoperation': String(creates) };
+  for (const name of ['if-match', 'if-none-match']) {
+    const value = request.header(name);
+    if (value !== undefined) context[`s3:${name}`] = value;
+  }
+  request.caller.authorize('s3:PutObject', request.objectArn, context);
   if (tags.length > 0) request.caller.authorize('s3:PutObjectTagging', request.objectArn);
 }
 

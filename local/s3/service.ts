@@ -14,6 +14,7 @@ import { type Caller, type HttpService, LOCAL_ACCOUNT, LOCAL_REGION, ServiceErro
 import { Content } from './content.ts';
 import { Deliveries } from './deliveries.ts';
 import { Listing } from './listing.ts';
+import type { BucketLock } from './lock.ts';
 import { Multipart } from './multipart.ts';
 import { isoTime, Objects } from './objects.ts';
 import { Payload } from './payload.ts';
@@ -46,16 +47,23 @@ export class S3Service implements HttpService {
   }
 
   /** Creates the bucket, or gives the one that is there this configuration. */
-  async createBucket(name: string, config: { versioning: boolean; eventBridge: boolean }): Promise<void> {
+  async createBucket(
+    name: string,
+    config: { versioning: boolean; eventBridge: boolean; lock?: BucketLock | undefined },
+  ): Promise<void> {
     await this.#ready;
     checkBucketName(name);
     const known = this.#store.hasBucket(name) ? this.#store.bucket(name) : undefined;
     const versioning = config.versioning ? 'Enabled' : known?.versioning && 'Suspended';
+    // A bucket never loses Object Lock, and with it never its versions.
+    const lock = config.lock ?? known?.lock;
+    if (lock && versioning !== 'Enabled') throw suspended();
     await this.#store.putBucket({
       name,
       created: known?.created ?? Date.now(),
       ...(versioning && { versioning }),
       eventBridge: config.eventBridge,
+      ...(lock && { lock }),
     });
   }
 
@@ -111,6 +119,7 @@ export class S3Service implements HttpService {
       ['HEAD bucket', (request) => this.#headBucket(request)],
       ['DELETE bucket', (request) => this.#deleteBucket(request)],
       ['GET bucket ?location', (request) => this.#location(request)],
+      ['GET bucket ?object-lock', (request) => this.#getLock(request)],
       ['GET bucket ?versioning', (request) => this.#getVersioning(request)],
       ['PUT bucket ?versioning', (request) => this.#putVersioning(request)],
       [
@@ -195,8 +204,26 @@ export class S3Service implements HttpService {
     const payload = new Payload(request);
     const { Status } = await readXml(payload.digested(), 'VersioningConfiguration', VERSIONING);
     payload.prove();
+    if (bucket.lock && Status === 'Suspended') throw suspended();
     await this.#store.putBucket({ ...bucket, versioning: Status });
     return {};
+  }
+
+  async #getLock(request: S3Request): Promise<Reply> {
+    const { lock } = this.#authorizeBucket(request, 's3:GetBucketObjectLockConfiguration');
+    if (!lock)
+      throw new S3Error(
+        'ObjectLockConfigurationNotFoundError',
+        'Object Lock configuration does not exist for this bucket',
+        404,
+      );
+    const { mode, days } = lock.default ?? {};
+    return {
+      body: toXml('ObjectLockConfiguration', {
+        ObjectLockEnabled: 'Enabled',
+        Rule: lock.default && { DefaultRetention: { Mode: mode, Days: days } },
+      }),
+    };
   }
 
   #authorizeBucket(request: S3Request, action: string): Bucket {
@@ -204,6 +231,13 @@ export class S3Service implements HttpService {
     return this.#store.bucket(request.bucket);
   }
 }
+
+const suspended = () =>
+  new S3Error(
+    'InvalidBucketState',
+    'An Object Lock configuration is present on this bucket, so the versioning state cannot be changed.',
+    409,
+  );
 
 const VERSIONING = z.object({ Status: z.enum(['Enabled', 'Suspended']) });
 

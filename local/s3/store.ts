@@ -10,6 +10,7 @@ import { mkdirSync } from 'node:fs';
 import { ClassicLevel } from 'classic-level';
 import type { Algorithm, Checksum, ChecksumType } from './checksum.ts';
 import type { Extent } from './content.ts';
+import type { BucketLock, Retention } from './lock.ts';
 import { S3Error } from './wire.ts';
 
 export interface Bucket {
@@ -20,6 +21,8 @@ export interface Bucket {
   versioning?: 'Enabled' | 'Suspended';
   /** Whether "Object Created" is announced. */
   eventBridge: boolean;
+  /** Present where the bucket has Object Lock; it cannot be taken from it again. */
+  lock?: BucketLock;
 }
 
 export interface ObjectVersion {
@@ -36,6 +39,7 @@ export interface ObjectVersion {
   /** Headers that come back with the object: content-type and its like, `x-amz-meta-*`. */
   headers: Record<string, string>;
   tags: Tag[];
+  retention?: Retention;
   /** Of a multipart object: where its {@link Piece}s are, and how many. */
   pieces?: { id: string; count: number };
 }
@@ -64,6 +68,8 @@ export interface Upload {
   initiated: number;
   headers: Record<string, string>;
   tags: Tag[];
+  /** That the client asked for. */
+  retention?: Retention;
   /** Absent when the client named none: parts may then come with any, and the object gets CRC64NVME. */
   algorithm?: Algorithm;
   type: ChecksumType;

@@ -12,8 +12,8 @@ describe('the cost of a run', () => {
     const cost = costOf(run);
     expect(cost.instanceSeconds).toBe(3600);
     expect(cost.requests).toEqual({ lambda: 20, s3Get: 10_000, s3Put: 1000 });
-    expect(cost.transitions).toBe(7 + 3 + 20 + 2 + 2);
-    expect(cost.estimatedUsd).toBeCloseTo(1.408 + 0.005 + 0.004 + 34 * 0.000025 + 20 * 2e-7, 6);
+    expect(cost.transitions).toBe(7 + 3 + 20 + 16 + 2 + 2);
+    expect(cost.estimatedUsd).toBeCloseTo(1.408 + 0.005 + 0.004 + 50 * 0.000025 + 20 * 2e-7, 6);
     expect(cost.prices).toBe(PRICES.date);
     expect(cost.unpriced).toEqual([]);
   });

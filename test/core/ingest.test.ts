@@ -9,10 +9,10 @@ import {
 } from '@aws-sdk/client-s3';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { PlannedSlide } from '../../core/contracts.ts';
-import { COPY_OBJECT_LIMIT, MAX_PARTS, partRanges } from '../../core/copy.ts';
 import { bronzeName, ingestSlide } from '../../core/ingest.ts';
+import { LandingListing } from '../../core/landing.ts';
 import { parseManifest } from '../../core/manifest.ts';
-import { LandingListing, planSlides, resolveModels } from '../../core/plan.ts';
+import { planSlides, resolveModels } from '../../core/plan.ts';
 import { readBytes } from '../../core/store.ts';
 import { MODEL, RUN } from '../support/results.ts';
 import { type Services, startServices } from '../support/services.ts';
@@ -67,7 +67,7 @@ describe('a slide is taken in', () => {
     const slide = await only('slide,slide_id\na b/x+1.svs,S 1\n');
     expect(await ingest(slide)).toEqual({ slideId: 'S 1', state: 'INGESTED' });
 
-    const key = 'slides/study & co/S 1/x+1.svs';
+    const key = 'slides/study & co/S 1/S-1.svs';
     expect(await readBytes(services.s3, { bucket: 'bronze', key })).toEqual(body);
     const { TagSet } = await services.s3.send(new GetObjectTaggingCommand({ Bucket: 'bronze', Key: key }));
     expect(Object.fromEntries((TagSet ?? []).map((tag) => [tag.Key, tag.Value]))).toEqual({
@@ -114,10 +114,10 @@ describe('a slide is taken in', () => {
     expect(await ingest(slide)).toMatchObject({ state: 'INGESTED' });
     const { bronze } = (await services.state.slide(run.runId, 'D1')) ?? {};
     expect(bronze?.files.map(({ key }) => key)).toEqual([
-      'slides/study & co/D1/series/1.dcm',
-      'slides/study & co/D1/series/2.dcm',
+      'slides/study & co/D1/D1/1.dcm',
+      'slides/study & co/D1/D1/2.dcm',
     ]);
-    const lines = bronze?.files.map(({ key, checksum }) => `series/${key.at(-5)}.dcm ${checksum}\n`).join('');
+    const lines = bronze?.files.map(({ key, checksum }) => `D1/${key.at(-5)}.dcm ${checksum}\n`).join('');
     expect(bronze?.checksum).toBe(
       `sha256:${createHash('sha256')
         .update(lines ?? '')
@@ -157,7 +157,7 @@ describe('a slide is set aside with its reason', () => {
       state: 'QUARANTINED',
       reason: { error: 'NameTaken' },
     });
-    const kept = await readBytes(services.s3, { bucket: 'bronze', key: 'slides/study & co/Y/y.svs' });
+    const kept = await readBytes(services.s3, { bucket: 'bronze', key: 'slides/study & co/Y/Y.svs' });
     expect(Buffer.from(kept ?? []).toString()).toBe('first');
   });
 
@@ -185,28 +185,6 @@ describe('a slide is set aside with its reason', () => {
       new ListObjectsV2Command({ Bucket: 'bronze', Prefix: 'slides/study & co/torn/' }),
     );
     expect(KeyCount).toBe(0);
-  });
-});
-
-describe('the parts of a copy', () => {
-  it.each([
-    COPY_OBJECT_LIMIT + 1,
-    128 * MiB,
-    128 * MiB + 1,
-    50 * 1000 ** 3,
-    MAX_PARTS * 128 * MiB,
-    MAX_PARTS * 128 * MiB + 1,
-    48.8 * 2 ** 40,
-  ])('of %d bytes cover them all within the limits of S3', (size) => {
-    const ranges = partRanges(size);
-    expect(ranges.length).toBeLessThanOrEqual(MAX_PARTS);
-    expect(ranges[0]?.first).toBe(0);
-    expect(ranges.at(-1)?.last).toBe(size - 1);
-    for (const [index, { first, last }] of ranges.entries()) {
-      if (index > 0) expect(first).toBe((ranges[index - 1]?.last ?? 0) + 1);
-      expect(last - first + 1).toBeLessThanOrEqual(5 * 1024 * MiB);
-      if (index < ranges.length - 1) expect(last - first + 1).toBeGreaterThanOrEqual(5 * MiB);
-    }
   });
 });
 

@@ -75,6 +75,13 @@ it('versions are ordered by number, a release above its pre-releases', () => {
   expect(sorted).toEqual(['1.9.0-beta.2', '1.9.0-beta.10', '1.9.0', '1.10.0', '2.0.0-rc1', '2.0.0']);
 });
 
+it('is refused by name when its weights are not TorchScript', async () => {
+  for (const weights of ['model.onnx', 'code/inference.py']) {
+    const bytes = await archive({ 'model.json': descriptor(), [weights]: 'w' });
+    await expect(read(bytes)).rejects.toMatchObject({ name: 'ModelFormatNotSupported' });
+  }
+});
+
 describe('the model register', () => {
   let services: Services;
   const put = async (name: string, version: string, changes: object = {}) =>

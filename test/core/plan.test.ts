@@ -1,8 +1,9 @@
 import { describe, expect, it } from 'vitest';
 import { modelSchema, type RunContext } from '../../core/contracts.ts';
 import { ModelNotFound, TooManyModels } from '../../core/errors.ts';
+import { LandingListing } from '../../core/landing.ts';
 import { parseManifest } from '../../core/manifest.ts';
-import { LandingListing, planSlides, resolveModels, slideIdOf } from '../../core/plan.ts';
+import { planSlides, resolveModels, slideIdOf } from '../../core/plan.ts';
 import { MODEL, RUN } from '../support/results.ts';
 
 const run: RunContext = { ...RUN, study: 'study', defaultModel: MODEL.name };
@@ -39,7 +40,7 @@ describe('the plan of a run', () => {
       mpp: 0.25,
       mppSource: 'manifest',
       source: { bucket: 'landing', kind: 'file', key: 'study/a/x.svs', files: 1, size: 7, etag: '"a/x.svs"' },
-      target: { prefix: 'slides/study/S1/', name: 'x.svs' },
+      target: { prefix: 'slides/study/S1/', name: 'S1.svs', fallback: 'S1.svs' },
       models: [MODEL.name],
       metadata: {},
     });

@@ -90,8 +90,8 @@ it('rows and slides of every bad kind end with their own reason beside a good on
   runPython(work, BLANK, work.path('blank.tiff'));
   const { code, out, stderr } = await run('bad rows', {
     'good.tiff': { copy: slide },
-    'a/same.tiff': { copy: slide },
-    'b/same.tiff': { copy: slide },
+    'a/same.tiff': Buffer.concat([readFileSync(slide), Buffer.from('a')]),
+    'b/same.tiff': Buffer.concat([readFileSync(slide), Buffer.from('b')]),
     'blank.tiff': { copy: work.path('blank.tiff') },
     'empty.svs': '',
     'text.svs': 'this is no slide',

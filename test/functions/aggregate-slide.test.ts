@@ -231,6 +231,7 @@ describe('the handler', () => {
       SILVER_BUCKET: services.silver,
       STATE_TABLE: 'state',
       LINEAGE_TABLE: 'lineage',
+      STAGE: 'test',
       CODE_VERSION: '0.1.0',
       POWERTOOLS_SERVICE_NAME: 'aggregate-slide',
       POWERTOOLS_METRICS_NAMESPACE: 'Slideway',

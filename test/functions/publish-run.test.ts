@@ -12,6 +12,7 @@ import {
   publishInputSchema,
 } from '../../core/publish.ts';
 import { readBytes, readJson } from '../../core/store.ts';
+import { emittedBy } from '../support/metrics.ts';
 import { MODEL, plannedSlide, RUN, writePlan } from '../support/results.ts';
 import { CREDENTIALS, type Services, startServices } from '../support/services.ts';
 
@@ -255,8 +256,25 @@ describe('the handler', () => {
       POWERTOOLS_METRICS_NAMESPACE: 'Slideway',
       POWERTOOLS_LOG_LEVEL: 'SILENT',
     });
+    await services.state.updateRun(RUN.runId, {
+      plannedAt: '2026-11-12T08:00:10.000Z',
+      ingestedAt: '2026-11-12T08:01:00.000Z',
+    });
     const { handler } = await import('../../functions/publish-run/handler.ts');
-    const answer = await handler({ run: RUN }, { functionName: 'publish-run', awsRequestId: '1' } as never);
-    expect(answer).toEqual({ runId: RUN.runId, state: 'SUCCEEDED' });
+    const context = { functionName: 'publish-run', awsRequestId: '1' } as never;
+    const emitted = await emittedBy(() => handler({ run: RUN }, context));
+    expect(emitted.answer).toEqual({ runId: RUN.runId, state: 'SUCCEEDED' });
+    expect(emitted.metrics).toMatchObject({
+      'RunsEnded service=publish-run stage=test state=SUCCEEDED': 1,
+      'SlidesAggregated service=publish-run stage=test': 1,
+      'SlidesFailed service=publish-run stage=test': 0,
+      'Tiles service=publish-run stage=test': 8,
+      'TilesUnreadable service=publish-run stage=test': 0,
+      'PlanSeconds service=publish-run stage=test': 10,
+      'IngestSeconds service=publish-run stage=test': 50,
+      'EstimatedUsdPerSlide service=publish-run stage=test': expect.any(Number),
+    });
+    // A run that was published before is not counted again.
+    expect((await emittedBy(() => handler({ run: RUN }, context))).metrics).toEqual({});
   });
 });

@@ -1,6 +1,6 @@
 import { readdirSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
-import { type Deliver, Events, objectCreatedEvent } from '../../local/events.ts';
+import { type Bury, type Deliver, Events, objectCreatedEvent } from '../../local/events.ts';
 import { compilePattern } from '../../local/patterns.ts';
 import { temporaryFolder, until } from './kit.ts';
 
@@ -27,18 +27,22 @@ const manifests = rule({
   object: { key: ['repo.csv', { suffix: '/repo.csv' }] },
 });
 
-/** Events whose target fails as often as told, and what it got. */
-function eventsTo(folder = temporaryFolder(), failures = 0) {
+/** Events whose target fails as often as told, what it got, and what was given up. */
+function eventsTo(folder = temporaryFolder(), failures = 0, error = new Error('not now')) {
   const got: Parameters<Deliver>[0][] = [];
+  const buried: Parameters<Bury>[0][] = [];
   let left = failures;
   const events = new Events({
     folder,
     deliver: async (delivery) => {
-      if (left-- > 0) throw new Error('not now');
+      if (left-- > 0) throw error;
       got.push(delivery);
     },
+    bury: async (dead) => {
+      buried.push(dead);
+    },
   });
-  return { events, got, folder };
+  return { events, got, buried, folder };
 }
 
 it('an object’s event has the shape that S3 gives it', () => {
@@ -89,6 +93,47 @@ describe('delivery', () => {
     await until(() => got.length === 1);
     await until(() => events.pending().length === 0);
     await events.close();
+  });
+
+  describe('that its target does not take', () => {
+    const queue = 'arn:aws:sqs:us-east-1:000000000000:dead-events';
+    const buriedRule = (RetryPolicy: object) =>
+      rule({ bucket: { name: ['landing'] } }, [
+        { ...target, DeadLetterConfig: { Arn: queue }, RetryPolicy } as typeof target,
+      ]);
+
+    it('goes to the dead-letter queue once its retries are used up, with what happened', async () => {
+      const { events, buried } = eventsTo(undefined, Number.POSITIVE_INFINITY);
+      events.putRule('manifests', buriedRule({ MaximumRetryAttempts: 1, MaximumEventAgeInSeconds: 3600 }));
+      await events.objectCreated(created);
+      await until(() => buried.length === 1);
+      await until(() => events.pending().length === 0);
+      expect(buried[0]).toMatchObject({
+        queueArn: queue,
+        ruleArn: 'arn:aws:events:us-east-1:000000000000:rule/manifests',
+        attributes: {
+          TARGET_ARN: MACHINE,
+          ERROR_CODE: 'Error',
+          ERROR_MESSAGE: 'not now',
+          RETRY_ATTEMPTS: '1',
+          EXHAUSTED_RETRY_CONDITION: 'MaximumRetryAttempts',
+        },
+      });
+      expect(JSON.parse(buried[0]?.input ?? '')).toMatchObject({
+        detail: { object: { key: 'study/repo.csv' } },
+      });
+      await events.close();
+    });
+
+    it('goes there at once where no retry can help', async () => {
+      const denied = Object.assign(new Error('not authorized'), { name: 'AccessDenied' });
+      const { events, buried } = eventsTo(undefined, Number.POSITIVE_INFINITY, denied);
+      events.putRule('manifests', buriedRule({ MaximumRetryAttempts: 100, MaximumEventAgeInSeconds: 3600 }));
+      await events.objectCreated(created);
+      await until(() => buried.length === 1);
+      expect(buried[0]?.attributes).toMatchObject({ ERROR_CODE: 'AccessDenied', RETRY_ATTEMPTS: '0' });
+      await events.close();
+    });
   });
 
   it('survives the end of the engine at any moment, under the same id', async () => {
@@ -195,9 +240,15 @@ describe('patterns', () => {
 describe('a rule that would never fire here is refused', () => {
   it.each([
     [
-      'a schedule',
-      { State: 'ENABLED' as const, Targets: [], ScheduleExpression: 'rate(1 day)' },
-      'ScheduleExpression',
+      'a schedule that is none',
+      { State: 'ENABLED' as const, Targets: [], ScheduleExpression: 'rate(1 fortnight)' },
+      'rate(1 fortnight)',
+    ],
+    ['a schedule with a pattern', { ...manifests, ScheduleExpression: 'rate(1 day)' }, 'both'],
+    [
+      'a function with a role',
+      rule({}, [{ ...target, Arn: 'arn:aws:lambda:us-east-1:000000000000:function:f' }]),
+      'AWS::Lambda::Permission',
     ],
     [
       'another source',

@@ -129,7 +129,7 @@ describe('buckets', () => {
     const answer = await send('GET', `/${PLAIN}?lifecycle`, {});
     expect(answer.status).toBe(501);
     expect(answer.body).toContain('GET bucket ?lifecycle');
-    expect((await send('PUT', `/${PLAIN}/x`, { 'x-amz-object-lock-mode': 'COMPLIANCE' })).status).toBe(501);
+    expect((await send('PUT', `/${PLAIN}/x`, { 'x-amz-object-lock-legal-hold': 'ON' })).status).toBe(501);
     expect(await refusal(put('x', 'x', { ACL: 'public-read' }))).toEqual([
       'AccessControlListNotSupported',
       400,

@@ -7,11 +7,14 @@ import { S3Client } from '@aws-sdk/client-s3';
 import { SNSClient } from '@aws-sdk/client-sns';
 import { DynamoDBDocumentClient } from '@aws-sdk/lib-dynamodb';
 
+import { Holdings } from '../../core/holdings.ts';
+import { Late } from '../../core/late.ts';
 import { Lineage } from '../../core/lineage.ts';
 import { StateTable } from '../../core/state.ts';
 import { DynamoDb } from '../../local/dynamodb.ts';
 import { Gateway } from '../../local/gateway.ts';
 import { topicArn } from '../../local/resources.ts';
+import type { LockMode } from '../../local/s3/lock.ts';
 import { S3Service } from '../../local/s3/service.ts';
 import { type Message, Sns } from '../../local/sns.ts';
 import { LOCAL_REGION } from '../../local/types.ts';
@@ -24,10 +27,18 @@ const ATTRIBUTES = KEYS.map(({ AttributeName }) => ({ AttributeName, AttributeTy
 
 export interface Services {
   endpoint: string;
+  /** Where the services keep what they have. */
+  folder: string;
+  /** A versioned bucket, under Object Lock where a mode is given. */
+  createBucket(name: string, lock?: LockMode): Promise<void>;
   s3: S3Client;
   sns: SNSClient;
   documents: DynamoDBDocumentClient;
   state: StateTable;
+  holdings: Holdings;
+  late: Late;
+  /** What ingestion does with content that it has. */
+  duplicates: 'skip';
   lineage: Lineage;
   silver: string;
   topicArn: string;
@@ -43,13 +54,26 @@ export async function startServices(): Promise<Services> {
   const s3Service = new S3Service({ folder: join(folder, 's3'), onObjectCreated: async () => {} });
   await s3Service.createBucket('silver', { versioning: true, eventBridge: false });
   const tables = new DynamoDb({ folder: join(folder, 'dynamodb') });
-  for (const name of ['state', 'lineage']) {
-    await tables.createTable(name, {
-      BillingMode: 'PAY_PER_REQUEST',
-      AttributeDefinitions: ATTRIBUTES,
-      KeySchema: [...KEYS],
-    });
-  }
+  const table = { BillingMode: 'PAY_PER_REQUEST' as const, KeySchema: [...KEYS] };
+  await tables.createTable('lineage', { ...table, AttributeDefinitions: ATTRIBUTES });
+  await tables.createTable('state', {
+    ...table,
+    AttributeDefinitions: [
+      ...ATTRIBUTES,
+      { AttributeName: 'runs', AttributeType: 'S' },
+      { AttributeName: 'startedAt', AttributeType: 'S' },
+    ],
+    GlobalSecondaryIndexes: [
+      {
+        IndexName: 'runs',
+        KeySchema: [
+          { AttributeName: 'runs', KeyType: 'HASH' },
+          { AttributeName: 'startedAt', KeyType: 'RANGE' },
+        ],
+        Projection: { ProjectionType: 'ALL' },
+      },
+    ],
+  });
   const topics = new Sns({
     folder: join(folder, 'messages'),
     onMessage: (message) => messages.push(message),
@@ -75,10 +99,20 @@ export async function startServices(): Promise<Services> {
   });
   return {
     endpoint: gateway.endpoint,
+    folder,
+    createBucket: (name, mode) =>
+      s3Service.createBucket(name, {
+        versioning: true,
+        eventBridge: false,
+        ...(mode && { lock: { default: { mode, days: 1 } } }),
+      }),
     s3,
     sns,
     documents,
     state: new StateTable(documents, 'state'),
+    holdings: new Holdings(documents, 'state'),
+    late: new Late(documents, 'state'),
+    duplicates: 'skip',
     lineage: new Lineage(documents, 'lineage', 'test', '0.0.0'),
     silver: 'silver',
     topicArn: topicArn('runs'),

@@ -204,6 +204,218 @@ export function stores(template: Template): string[] {
   return findings;
 }
 
+const ADDING = new Set([
+  ...['dynamodb:PutItem', 'dynamodb:Query', 'dynamodb:Scan', 'dynamodb:GetItem', 'dynamodb:BatchGetItem'],
+  ...['s3:PutObject', 's3:AbortMultipartUpload', 's3:GetObject', 's3:GetObjectVersion'],
+  ...['s3:ListBucket', 's3:ListBucketVersions'],
+]);
+
+/** The record is only ever added to: no role may change or delete events or anchors, and anchors are locked. */
+export function record(template: Template): string[] {
+  const findings: string[] = [];
+  for (const [id, statement] of grants(template)) {
+    const where = `${id}.${statement.Sid ?? '(no Sid)'}`;
+    const ofRecord = list(statement.Resource as unknown)
+      .map(flat)
+      .some((resource) => /^\$\{(LineageTable|AnchorsBucket)\b/.test(resource));
+    if (!ofRecord || statement.Effect !== 'Allow') continue;
+    for (const action of list(statement.Action))
+      if (!ADDING.has(action)) findings.push(`${where}: ${action} does more than add to the record`);
+  }
+  const anchors = template.Resources.AnchorsBucket?.Properties;
+  const { DefaultRetention: retention } = ((
+    anchors?.ObjectLockConfiguration as { Rule?: { DefaultRetention?: unknown } } | undefined
+  )?.Rule ?? {}) as { DefaultRetention?: { Mode?: string; Days?: number } };
+  if (anchors?.ObjectLockEnabled !== true || !retention?.Mode || !retention.Days)
+    findings.push('AnchorsBucket: what is in it is not locked');
+  return findings;
+}
+
+/** Every asynchronous edge has a queue for what is not taken: targets of rules, functions that rules call, subscribers. */
+export function deadLetters(template: Template): string[] {
+  const findings: string[] = [];
+  const queues = new Map(
+    [...ofType(template, 'AWS::SQS::Queue')].map(([id, queue]) => [`\${${id}.Arn}`, queue]),
+  );
+  const invoked = new Map(
+    [...ofType(template, 'AWS::Lambda::EventInvokeConfig')].map(([, config]) => [
+      functionOf(template, config.FunctionName),
+      flat((config.DestinationConfig as { OnFailure?: { Destination?: unknown } })?.OnFailure?.Destination),
+    ]),
+  );
+  for (const [id, rule] of ofType(template, 'AWS::Events::Rule'))
+    for (const target of list(rule.Targets as Record<string, unknown>[])) {
+      const where = `${id}.${target.Id}`;
+      const queue = flat((target.DeadLetterConfig as { Arn?: unknown } | undefined)?.Arn);
+      if (!queues.has(queue)) findings.push(`${where}: has no dead-letter queue`);
+      else if (!sendersOf(template, queue).includes('events.amazonaws.com'))
+        findings.push(`${where}: EventBridge may not send to its dead-letter queue`);
+      if (!target.RetryPolicy) findings.push(`${where}: does not say how often it is tried`);
+      const called = functionOf(template, target.Arn);
+      if (called === undefined) continue;
+      const destination = invoked.get(called);
+      if (destination === undefined || !queues.has(destination))
+        findings.push(`${where}: ${called} has no destination for what it fails`);
+      else if (!maySend(template, called, destination))
+        findings.push(`${where}: ${called} may not send to its destination`);
+    }
+  for (const type of ['AWS::SNS::Subscription', 'AWS::Lambda::EventSourceMapping'])
+    for (const [id, edge] of ofType(template, type))
+      if (!edge.RedrivePolicy && !edge.DestinationConfig) findings.push(`${id}: has no dead-letter queue`);
+  for (const [name, queue] of queues) {
+    const id = name.slice(2, -5);
+    if (queue.SqsManagedSseEnabled !== true && !queue.KmsMasterKeyId)
+      findings.push(`${id}: is not encrypted`);
+    if (queue.MessageRetentionPeriod !== FORTNIGHT)
+      findings.push(`${id}: does not keep messages for 14 days`);
+    const policy = queuePolicy(template, name);
+    const tlsOnly = policy.some(
+      ({ Effect, Principal, Condition }) =>
+        Effect === 'Deny' &&
+        Principal === '*' &&
+        String(Condition?.Bool?.['aws:SecureTransport']) === 'false',
+    );
+    if (!tlsOnly) findings.push(`${id}: may be reached without TLS`);
+    const watched = [...ofType(template, 'AWS::CloudWatch::Alarm')].some(
+      ([, alarm]) =>
+        alarm.MetricName === 'ApproximateNumberOfMessagesVisible' &&
+        JSON.stringify(alarm.Dimensions).includes(id),
+    );
+    if (!watched) findings.push(`${id}: no alarm rings for what lies in it`);
+  }
+  return findings;
+}
+
+const FORTNIGHT = 14 * 24 * 3600;
+
+/** Logical id of the function that a reference means. */
+function functionOf(template: Template, reference: unknown): string | undefined {
+  const id = /^\$\{(\w+)(\.Arn)?\}$/.exec(flat(reference))?.[1] ?? '';
+  return template.Resources[id]?.Type === 'AWS::Lambda::Function' ? id : undefined;
+}
+
+const queuePolicy = (template: Template, arn: string): Statement[] =>
+  [...ofType(template, 'AWS::SQS::QueuePolicy')]
+    .filter(([, { Queues }]) =>
+      list(Queues as unknown)
+        .map(flat)
+        .includes(arn.replace('.Arn', '')),
+    )
+    .flatMap(([, { PolicyDocument: document }]) => (document as PolicyDocument).Statement);
+
+const sendersOf = (template: Template, arn: string): unknown[] =>
+  queuePolicy(template, arn)
+    .filter(({ Effect, Action }) => Effect === 'Allow' && list(Action).includes('sqs:SendMessage'))
+    .map(({ Principal }) => (Principal as { Service?: unknown })?.Service);
+
+function maySend(template: Template, id: string, queue: string): boolean {
+  const role = /^\$\{(\w+)\.Arn\}$/.exec(flat(template.Resources[id]?.Properties.Role))?.[1];
+  return [...grants(template)].some(
+    ([holder, { Action, Resource }]) =>
+      holder === role &&
+      list(Action).includes('sqs:SendMessage') &&
+      list(Resource as unknown)
+        .map(flat)
+        .includes(queue),
+  );
+}
+
+/** A metric as an alarm or a widget asks for it. */
+export interface Asked {
+  by: string;
+  namespace: string;
+  name: string;
+  dimensions: Record<string, string>;
+}
+
+/** Every metric that an alarm is set on or the dashboard shows; searches aside. */
+export function askedMetrics(template: Template): Asked[] {
+  const asked: Asked[] = [];
+  const dimensionsOf = (dimensions: unknown) =>
+    Object.fromEntries(
+      list(dimensions as { Name: string; Value: unknown }[]).map(({ Name, Value }) => [Name, flat(Value)]),
+    );
+  for (const [by, alarm] of ofType(template, 'AWS::CloudWatch::Alarm')) {
+    if (alarm.MetricName) {
+      const { Namespace, MetricName, Dimensions } = alarm as Record<string, string>;
+      asked.push({
+        ...{ by, namespace: Namespace ?? '', name: MetricName ?? '' },
+        dimensions: dimensionsOf(Dimensions),
+      });
+    }
+    for (const { MetricStat } of list(
+      alarm.Metrics as { MetricStat?: { Metric: Record<string, unknown> } }[],
+    )) {
+      if (!MetricStat) continue;
+      const { Namespace, MetricName, Dimensions } = MetricStat.Metric;
+      const dimensions = dimensionsOf(Dimensions);
+      asked.push({ by, namespace: String(Namespace), name: String(MetricName), dimensions });
+    }
+  }
+  for (const [by, dashboard] of ofType(template, 'AWS::CloudWatch::Dashboard')) {
+    const { widgets } = JSON.parse(flat(dashboard.DashboardBody)) as {
+      widgets: { properties: { metrics: unknown[][] } }[];
+    };
+    for (const metric of widgets.flatMap(({ properties }) => properties.metrics)) {
+      const [namespace, name, ...rest] = metric.filter((part) => typeof part === 'string') as string[];
+      if (namespace === undefined || name === undefined) continue;
+      const dimensions: Record<string, string> = {};
+      for (let i = 0; i + 1 < rest.length; i += 2) dimensions[rest[i] ?? ''] = rest[i + 1] ?? '';
+      asked.push({ by, namespace, name, dimensions });
+    }
+  }
+  return asked;
+}
+
+/** Metrics that AWS itself emits, with the dimensions it emits them by. */
+const OF_AWS: Record<string, string> = {
+  'AWS/Lambda Errors': 'FunctionName',
+  'AWS/SQS ApproximateNumberOfMessagesVisible': 'QueueName',
+  'AWS/States ExecutionsAborted': 'StateMachineArn',
+  'AWS/States ExecutionsFailed': 'StateMachineArn',
+  'AWS/States ExecutionsTimedOut': 'StateMachineArn',
+};
+
+/**
+ * Alarms and dashboard ask for what there is: AWS's own metrics by things of this template, and Slideway's by the
+ * function that emits them. `emits` says whether a function's code emits a metric under these further dimensions.
+ */
+export function metrics(
+  template: Template,
+  emits: (service: string, metric: string, further: string[]) => boolean,
+): string[] {
+  const findings: string[] = [];
+  const names = new Set<string>();
+  for (const [id, { FunctionName }] of ofType(template, 'AWS::Lambda::Function'))
+    names.add(flat(FunctionName)).add(id);
+  for (const [id] of ofType(template, 'AWS::SQS::Queue')) names.add(`\${${id}.QueueName}`);
+  for (const [id] of ofType(template, 'AWS::StepFunctions::StateMachine')) names.add(`\${${id}}`);
+  for (const { by, namespace, name, dimensions } of askedMetrics(template)) {
+    const where = `${by}: ${namespace} ${name}`;
+    if (namespace === 'Slideway') {
+      const { service = '', stage, ...further } = dimensions;
+      if (!stage) findings.push(`${where}: of which stage?`);
+      if (!emits(service, name, Object.keys(further)))
+        findings.push(`${where}: ${service} does not emit it so`);
+      continue;
+    }
+    const [dimension, ...more] = Object.keys(dimensions);
+    if (more.length > 0 || dimension === undefined || OF_AWS[`${namespace} ${name}`] !== dimension)
+      findings.push(`${where}: AWS does not emit it by ${Object.keys(dimensions).join(', ')}`);
+    else if (!names.has(dimensions[dimension] ?? ''))
+      findings.push(`${where}: there is no ${dimensions[dimension]}`);
+  }
+  for (const [id, { FunctionName }] of ofType(template, 'AWS::Lambda::Function')) {
+    const watched = askedMetrics(template).some(
+      ({ name, dimensions }) => name === 'Errors' && dimensions.FunctionName === flat(FunctionName),
+    );
+    if (!watched) findings.push(`${id}: no alarm rings for its errors`);
+  }
+  for (const [id, alarm] of ofType(template, 'AWS::CloudWatch::Alarm'))
+    if (list(alarm.AlarmActions as unknown).length === 0) findings.push(`${id}: rings nobody`);
+  return findings;
+}
+
 /** Log groups are kept for a time that is said, and every function has one. */
 export function logGroups(template: Template): string[] {
   const groups = new Map(

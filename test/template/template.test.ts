@@ -1,22 +1,27 @@
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { StateMachine } from 'aws-local-stepfunctions';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { PROJECT } from '../../cli/paths.ts';
 import type { InferenceJob } from '../../core/contracts.ts';
 import { Logs } from '../../local/logs.ts';
 import { SageMaker } from '../../local/sagemaker/service.ts';
 import { projectPython } from '../support/python.ts';
 import { aslErrors, cfnLint, definition, hasCfnLint, serviceModelFindings, template } from './packaged.ts';
 import {
+  askedMetrics,
   buckets,
   type Definition,
+  deadLetters,
   functions,
   jobs,
   leastPrivilege,
   logGroups,
   machineRights,
+  metrics,
   type Placed,
+  record,
   type State,
   type Statement,
   sagemakerTasks,
@@ -63,6 +68,20 @@ function brokenState(name: string, change: (state: State) => void): Definition {
   if (!placed) throw new Error(`The definition has no state ${name}; break another.`);
   change(placed.state);
   return copy;
+}
+
+/** Whether a function's handler emits a metric: its name stands there, and so do the names of further dimensions. */
+function emits(service: string, metric: string, further: string[]): boolean {
+  const path = join(PROJECT, 'functions', service, 'handler.ts');
+  if (!existsSync(path)) return false;
+  const code = readFileSync(path, 'utf8');
+  const single = /(\w+)\.addDimension\('(\w+)'/.exec(code);
+  const emitted = new RegExp(`\\b(\\w+)\\.addMetric\\(\\s*'${metric}'`).exec(code);
+  if (further.length > 0) {
+    return single !== null && emitted?.[1] === single[1] && further.join() === single[2];
+  }
+  // By a table of names and values, or one by one on what has no dimensions of its own.
+  return emitted ? emitted[1] === 'metrics' : new RegExp(`^ +${metric}: `, 'm').test(code);
 }
 
 const firstId = (type: string) => {
@@ -250,6 +269,28 @@ describe('what is kept', () => {
     expect(stores(copy)).toEqual([expect.stringContaining(id)]);
   });
 
+  it('is, where it is the record, only added to, and anchored under lock', () => {
+    expect(record(packaged)).toEqual([]);
+    const more = (action: string) =>
+      withStatement('AnchorLineageRole', 'WriteAnchors', (statement) => {
+        statement.Action = [statement.Action, action].flat();
+      });
+    expect(record(more('s3:BypassGovernanceRetention'))).toEqual([expect.stringContaining('more than add')]);
+    expect(
+      record(
+        withStatement('RecordJobRole', 'AddToLineage', (statement) => {
+          statement.Action = ['dynamodb:PutItem', 'dynamodb:UpdateItem'];
+        }),
+      ),
+    ).toEqual([expect.stringContaining('dynamodb:UpdateItem does more than add')]);
+    for (const name of ['ObjectLockEnabled', 'ObjectLockConfiguration']) {
+      const unlocked = broken('AnchorsBucket', (properties) => {
+        delete properties[name];
+      });
+      expect(record(unlocked)).toEqual([expect.stringContaining('not locked')]);
+    }
+  });
+
   it('includes logs, for a time that is said', () => {
     expect(logGroups(packaged)).toEqual([]);
     const id = firstId('AWS::Logs::LogGroup');
@@ -261,6 +302,84 @@ describe('what is kept', () => {
       Object.assign(properties, { LogGroupName: '/elsewhere' });
     });
     expect(logGroups(elsewhere)).toEqual([expect.stringContaining('has no log group of its own')]);
+  });
+});
+
+describe('every asynchronous edge', () => {
+  it('has a queue for what nobody takes, encrypted, kept for 14 days and watched', () => {
+    expect(deadLetters(packaged)).toEqual([]);
+  });
+
+  it.each<[string, string, (properties: Record<string, unknown>) => void, RegExp]>([
+    [
+      'a target without one',
+      'ManifestArrived',
+      ({ Targets }) => delete (Targets as Record<string, unknown>[])[0]?.DeadLetterConfig,
+      /slide-run: has no dead-letter queue/,
+    ],
+    [
+      'a function without a destination',
+      'SweepInvocations',
+      (properties) => delete properties.DestinationConfig,
+      /has no destination for what it fails/,
+    ],
+    [
+      'a queue that EventBridge may not use',
+      'DeadEventsPolicy',
+      ({ PolicyDocument: document }) => (document as Policy).Statement.shift(),
+      /EventBridge may not send/,
+    ],
+    ['a queue in the clear', 'DeadEvents', (queue) => delete queue.SqsManagedSseEnabled, /is not encrypted/],
+    ['a queue that forgets', 'DeadEvents', (queue) => delete queue.MessageRetentionPeriod, /14 days/],
+    [
+      'a queue that nobody watches',
+      'InvocationsDead',
+      (alarm) => Object.assign(alarm, { MetricName: 'NumberOfMessagesSent' }),
+      /DeadInvocations: no alarm rings/,
+    ],
+  ])('would be found to be %s', (_, id, change, finding) => {
+    expect(deadLetters(broken(id, change)).join('\n')).toMatch(finding);
+  });
+
+  it('would be found to be a function that may not send to its destination', () => {
+    const copy = withStatement('SweepRole', 'SendDeadInvocations', (statement) => {
+      statement.Action = 'sqs:ReceiveMessage';
+    });
+    expect(deadLetters(copy)).toEqual([expect.stringMatching(/may not send to its destination/)]);
+  });
+});
+
+describe('alarms and dashboard', () => {
+  it('ask for metrics that are emitted, by the dimensions they are emitted by, and watch every function', () => {
+    expect(askedMetrics(packaged).length).toBeGreaterThan(30);
+    expect(metrics(packaged, emits)).toEqual([]);
+  });
+
+  it.each<[string, string, Record<string, unknown>, RegExp]>([
+    ['that no function emits', 'FailedRuns', { MetricName: 'RunsLost' }, /publish-run does not emit it so/],
+    [
+      'by a dimension too many',
+      'StuckSlides',
+      {
+        Dimensions: [
+          { Name: 'service', Value: 'sweep' },
+          { Name: 'stage', Value: 'dev' },
+          { Name: 'state', Value: 'COPYING' },
+        ],
+      },
+      /sweep does not emit it so/,
+    ],
+    ['of AWS that there is not', 'EventsDead', { MetricName: 'Messages' }, /AWS does not emit it/],
+    [
+      'of a function that there is not',
+      'ErrorsOfSweep',
+      { Dimensions: [{ Name: 'FunctionName', Value: 'gone' }] },
+      /there is no gone/,
+    ],
+    ['without anybody to hear', 'StaleManifests', { AlarmActions: [] }, /rings nobody/],
+  ])('would be found to be on a metric %s', (_, id, change, finding) => {
+    const copy = broken(id, (properties) => Object.assign(properties, change));
+    expect(metrics(copy, emits).join('\n')).toMatch(finding);
   });
 });
 

@@ -18,7 +18,7 @@ from slideway_inference.contracts import Shard, parse_shard
 from slideway_inference.errors import JobFailed, ShardInvalid, Stopped
 from slideway_inference.log import Log
 from slideway_inference.model import Predictor, load_predictors, open_package
-from slideway_inference.pipeline import Pipeline, Tally, processors
+from slideway_inference.pipeline import Pipeline, Tally, processors, shares
 from slideway_inference.store import Store
 
 _MESSAGE_BYTES = 1024
@@ -56,6 +56,7 @@ def process() -> int:
         message=_shorten(message),
         seconds=round(time.monotonic() - started, 3),
         slides=dict(sorted(tally.states.items())),
+        bound=shares(tally.busy),
     )
     return code
 

@@ -229,6 +229,9 @@ def _unpack(archive: Path, folder: Path) -> tuple[bytes | None, Path | None, set
 Tiles = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
 
+_CACHED_BYTES = 6 << 20
+"""Floats that a processor's model gets at once: larger batches leave the cache, and processors then wait for memory
+instead of working side by side."""
 _IN_FLIGHT = 2
 """Batches on a GPU at once: while one is computed the next is copied."""
 
@@ -306,12 +309,17 @@ class Predictor:
         return cast(Values, values)
 
     def _on_cpu(self, tiles: Tiles) -> Callable[[], object]:
-        if self._input is None or self._input.shape[0] < len(tiles):
-            self._input = torch.empty(tiles.shape)  # kept: new pages for each batch would cost more than the sums
-        answer = self._forward(torch.from_numpy(tiles), self._input[: len(tiles)])
-        # The answer may be a view of the input, which the next batch overwrites.
-        kept = answer.clone() if isinstance(answer, torch.Tensor) else answer
-        return lambda: kept
+        step = max(1, _CACHED_BYTES // (tiles[0].size * 4))
+        if self._input is None or self._input.shape[1:] != tiles.shape[1:]:
+            self._input = torch.empty((step, *tiles.shape[1:]))  # kept: new pages would cost more than the sums
+        answers: list[object] = []
+        for part in torch.from_numpy(tiles).split(step):
+            answer = self._forward(part, self._input[: len(part)])
+            # It may be a view of the input, which the next part overwrites.
+            answers.append(answer.clone() if isinstance(answer, torch.Tensor) else answer)
+        whole = len(answers) > 1 and all(isinstance(answer, torch.Tensor) for answer in answers)
+        together = torch.cat(cast(list[torch.Tensor], answers)) if whole else answers[0]
+        return lambda: together
 
     def _on_gpu(self, tiles: Tiles) -> Callable[[], object]:
         """Pageable memory to pinned by the processor, from there to the device beside the batch before."""

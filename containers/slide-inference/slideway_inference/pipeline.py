@@ -1,12 +1,16 @@
 """Works through the slides of a shard so that no part waits for another without need:
 
-    prepare   fetches a slide and surveys it while the one before is still worked on
-    read      one thread per reader process asks for batches of tiles, slide after slide without a gap
-    infer     one thread per device runs the model
+    prepare   opens and surveys the next slides while those before are worked on. Those that the fast reader knows
+              stay in S3; the others are fetched to disk, two at most, and evicted when they are read
+    feed      deals out room for tiles, slide after slide: a slide's last batch is filled up by the next slide's
+              first tiles, so that batches are full
+    stream    a thread per slide in S3 hears what the reader process has filled
+    read      a thread per reader process asks for batches of slides on disk
+    infer     one thread per predictor runs the model, and deals the answers back by slide
     write     leaves the results in Silver and marks the slide complete
 
-Queues between them are bounded by the slots of the tile arena, and slides on disk by two. Whatever goes wrong with
-a slide is that slide's outcome, and the others go on."""
+Everything between them is bounded by the slots of the tile arena. A tile that the fast reader cannot give is tried
+once more from disk by the other. Whatever goes wrong with a slide is that slide's outcome, and the others go on."""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ import queue
 import shutil
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,21 +33,29 @@ import numpy.typing as npt
 from slideway_inference.contracts import Shard, ShardSlide
 from slideway_inference.errors import (
     InternalError,
+    ModelError,
     SlideFailed,
     SlideQuarantined,
+    SlideUnopenable,
     SlideUnreadable,
     SlidewayError,
     Stopped,
+    by_name,
 )
+from slideway_inference.fast import NotFast, PlanesNotSupported
 from slideway_inference.log import Log
-from slideway_inference.model import ModelSpec, Predictor
-from slideway_inference.reader_process import ReadRequest
+from slideway_inference.model import ModelSpec, Predictor, Values
+from slideway_inference.reader_process import Filled, ReadRequest
 from slideway_inference.reading import Arena, ReaderProcess
+from slideway_inference.remote import Usage
 from slideway_inference.results import completion, is_done, result_key, tiles_parquet, write_results
 from slideway_inference.store import Requests, Store
 from slideway_inference.survey import Survey, SurveyRequest
 
 _SLIDES_ON_DISK = 2
+_LANES = 3
+"""Reader processes for slides in S3: one streams, the next slides are surveyed in the others."""
+_PREPARING = 2
 _SLOT_BYTES = 32 << 20
 _POLL = 0.2
 _PROGRESS_SECONDS = 1.0
@@ -53,15 +65,17 @@ T = TypeVar("T")
 
 @dataclass
 class Tally:
-    """What became of the slides: how many in each state or SKIPPED, and why not, in order."""
+    """What became of the slides: how many in each state or SKIPPED, and why not, in order. `busy` are the seconds
+    of each part of the pipeline."""
 
     states: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
+    busy: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class _Work:
-    """A slide on its way. `readable` and `values` fill batch by batch."""
+    """A slide on its way. `readable` and `values` fill batch by batch. `todo` are the tiles to read from disk."""
 
     shard: Shard
     slide: ShardSlide
@@ -69,26 +83,73 @@ class _Work:
     requests: Requests = field(default_factory=Requests)
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    lane: ReaderProcess | None = None
     path: Path | None = None
     survey: Survey | None = None
     readable: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    values: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    values: Values = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     error: SlidewayError | None = None
+    granted: dict[int, _Segment] = field(default_factory=dict)
+    streaming: bool = False
+    strips: Sequence[int] = ()
+    todo: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
+    next_todo: int = 0
     unread: int = 0
     unsettled: int = 0
-    next_tile: int = 0
+    again: int = 0
+    bytes_read: int = 0
     done: int = 0
     reading_from: float = 0.0
     progress_at: float = 0.0
     on_disk: bool = False
 
+    @property
+    def surveyed(self) -> Survey:
+        assert self.survey is not None
+        return self.survey
 
-@dataclass(frozen=True)
-class _Batch:
+
+@dataclass
+class _Segment:
+    """The tiles of one slide within a batch: from row `first` on, which of the slide's they are and which of them
+    could be read. No `indices`: nothing came."""
+
+    batch: _Batch
     work: _Work
-    start: int
-    stop: int
+    first: int
+    count: int
+    streamed: bool
+    indices: npt.NDArray[np.intp] | None = None
+    readable: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+
+@dataclass
+class _Batch:
+    """What lies in a slot of the arena: tiles of one or more slides, `count` in all. Sealed when no more will be
+    added; ready for the model when then nothing is awaited."""
+
     slot: int
+    segments: list[_Segment] = field(default_factory=list)
+    count: int = 0
+    awaited: int = 0
+    sealed: bool = False
+
+    def add(self, work: _Work, count: int, streamed: bool) -> _Segment:
+        segment = _Segment(self, work, self.count, count, streamed)
+        self.segments.append(segment)
+        self.count += count
+        self.awaited += 1
+        return segment
+
+
+@dataclass
+class _Flying:
+    """A batch on a device: its parts that the model sees, what answers for them, and the seconds so far."""
+
+    batch: _Batch
+    live: list[_Segment]
+    answer: Callable[[], Values] | None
+    seconds: float
 
 
 class Pipeline:
@@ -118,36 +179,52 @@ class Pipeline:
         slots = 2 * (readers + len(predictors))
         self._arena = Arena(slots, self._batch * model.px**2 * 3, scratch)
         self._surveyor = ReaderProcess(self._arena, stop)
+        self._surveying = threading.Lock()
         self._readers = [ReaderProcess(self._arena, stop) for _ in range(readers)]
+        self._lanes = [ReaderProcess(self._arena, stop, readers) for _ in range(_LANES)]
+        self._threads = readers
+        self._idle_lanes: queue.Queue[ReaderProcess] = queue.Queue()
+        for lane in self._lanes:
+            self._idle_lanes.put(lane)
         self._free: queue.Queue[int] = queue.Queue()
         for slot in range(slots):
             self._free.put(slot)
         self._prepared: queue.Queue[_Work | None] = queue.Queue(1)
+        self._on_disk: queue.Queue[_Work] = queue.Queue()  # bounded by the slides on disk
+        self._again: queue.Queue[_Work | None] = queue.Queue()
         self._filled: queue.Queue[_Batch | None] = queue.Queue()  # bounded by the slots
         self._finished: queue.Queue[_Work | None] = queue.Queue()
         self._disk = threading.Semaphore(_SLIDES_ON_DISK)
         self._lock = threading.Lock()
-        self._feed_lock = threading.Lock()
+        self._cut_lock = threading.Lock()
         self._current: _Work | None = None
-        self._fed = False
+        self._left = 0
         self._fault: BaseException | None = None
         self._tally = tally
 
     def run(self, shards: Sequence[Shard]) -> None:
         """Works through all slides. Raises Stopped when told to stop."""
-        prepare = self._thread("prepare", self._prepare_all, shards)
+        slides = [(shard, slide) for shard in shards for slide in shard.slides]
+        self._left = len(slides)
+        works = iter([_Work(*pair, self._scratch / f"slide-{number}") for number, pair in enumerate(slides)])
+        prepare = [self._thread(f"prepare-{i}", self._prepare_all, works) for i in range(_PREPARING)]
+        feed = self._thread("feed", self._feed)
+        again = self._thread("again", self._prepare_again)
         read = [self._thread(f"read-{i}", self._read, reader) for i, reader in enumerate(self._readers)]
         infer = [self._thread(f"infer-{i}", self._infer, model) for i, model in enumerate(self._predictors)]
         write = self._thread("write", self._write_all)
-        _join([prepare, *read])
+        _join(prepare)
+        with suppress(Stopped):
+            self._put(self._prepared, None)
+        _join([feed, *read])
+        self._again.put(None)
         for _ in infer:
             self._filled.put(None)
-        _join(infer)
+        _join([again, *infer])
         self._finished.put(None)
         _join([write])
-        self._surveyor.close()
-        for reader in self._readers:
-            reader.close()
+        for process in (self._surveyor, *self._readers, *self._lanes):
+            process.close()
         self._arena.close()
         if self._fault is not None:
             raise self._fault
@@ -170,29 +247,27 @@ class Pipeline:
 
     # --- prepare -----------------------------------------------------------------------------------------------
 
-    def _prepare_all(self, shards: Sequence[Shard]) -> None:
-        number = 0
-        try:
-            for shard in shards:
-                for slide in shard.slides:
-                    self._check_stop()
-                    number += 1
-                    work = _Work(shard, slide, self._scratch / f"slide-{number}")
-                    try:
-                        ready = self._prepare(work)
-                    except Stopped:
-                        raise
-                    except Exception as error:
-                        self._fail(work, error)
-                        self._finish(work)
-                        continue
-                    if ready:
-                        self._put(self._prepared, work)
-        finally:
-            self._put(self._prepared, None)
+    def _prepare_all(self, works: Iterator[_Work]) -> None:
+        while True:
+            with self._lock:
+                work = next(works, None)
+            if work is None:
+                return
+            self._check_stop()
+            try:
+                ready = self._prepare(work)
+            except Stopped:
+                raise
+            except Exception as error:
+                self._fail(work, error)
+                self._finish(work)
+                continue
+            if ready:
+                self._put(self._prepared, work)
 
     def _prepare(self, work: _Work) -> bool:
-        """Fetches and surveys; False when there is nothing left to do for the slide."""
+        """Surveys a slide, fetching it first where the fast reader does not know it; False when there is nothing
+        left to do for it."""
         shard, slide = work.shard, work.slide
         previous = self._store.get_if_there(
             shard.output_bucket, result_key(shard, slide, "complete.json"), work.requests
@@ -201,44 +276,77 @@ class Pipeline:
         if state is not None:
             self._count("SKIPPED")
             self._log.event("slide-skipped", slideId=slide.slide_id, state=state)
+            self._has_ended()
             return False
-        self._take_disk(work)
-        work.started = started = time.monotonic()
+        work.lane = self._get(self._idle_lanes)
+        work.started = time.monotonic()
         self._log.event("slide-started", slideId=slide.slide_id, bytes=slide.size, files=len(slide.files))
-        work.folder.mkdir()
-        work.path = self._store.fetch(slide, work.folder, work.requests, self._stop)
-        work.timings["fetch"] = time.monotonic() - started
         try:
-            work.survey = self._surveyor.survey(
-                SurveyRequest(
-                    path=work.path,
-                    checksum=slide.checksum,
-                    mpp=slide.mpp,
-                    mpp_source=slide.mpp_source,
-                    px=self._model.px,
-                    tile_mpp=self._model.mpp,
-                    overlap=self._model.overlap,
-                    mpp_tolerance=shard.parameters.mpp_tolerance,
-                    tissue_min_fraction=shard.parameters.tissue_min_fraction,
-                )
-            )
-        finally:
-            self._surveyor.release()
-        count = len(work.survey.positions)
-        work.timings["tissue"] = work.survey.seconds
-        work.timings |= {"read": 0.0, "infer": 0.0}
+            opened = work.lane.open(self._request(work, slide))
+            work.survey, work.strips = opened.survey, opened.strips
+            work.timings = {"fetch": 0.0, "tissue": work.survey.seconds, "read": 0.0, "infer": 0.0}
+            self._used(work, replace(opened.usage, processor=0.0))
+        except PlanesNotSupported:
+            raise
+        except (NotFast, SlideUnopenable, SlideUnreadable):
+            # Also where the fast reader's process died: what is wrong with the file, if anything, the other tells.
+            self._release_lane(work)
+            self._survey_from_disk(work)
+        count = len(work.surveyed.positions)
         work.readable = np.zeros(count, np.bool_)
         work.values = np.full((count, len(self._model.outputs)), np.nan, np.float32)
-        work.unread = work.unsettled = count
+        work.unsettled = count
         if count == 0:
             self._finish(work)
             return False
         return True
 
-    def _take_disk(self, work: _Work) -> None:
+    def _survey_from_disk(self, work: _Work) -> None:
+        started = time.monotonic()
+        path = self._fetch(work)
+        fetched = time.monotonic() - started
+        with self._surveying:
+            try:
+                work.survey = self._surveyor.survey(self._request(work, path))
+            finally:
+                self._surveyor.release()
+        work.timings = {"fetch": fetched, "tissue": work.survey.seconds, "read": 0.0, "infer": 0.0}
+        self._read_from_disk(work, np.arange(len(work.survey.positions)))
+
+    def _request(self, work: _Work, slide: Path | ShardSlide) -> SurveyRequest:
+        return SurveyRequest(
+            slide=slide,
+            checksum=work.slide.checksum,
+            mpp=work.slide.mpp,
+            mpp_source=work.slide.mpp_source,
+            px=self._model.px,
+            tile_mpp=self._model.mpp,
+            overlap=self._model.overlap,
+            mpp_tolerance=work.shard.parameters.mpp_tolerance,
+            tissue_min_fraction=work.shard.parameters.tissue_min_fraction,
+        )
+
+    def _fetch(self, work: _Work) -> Path:
         while not self._disk.acquire(timeout=_POLL):
             self._check_stop()
         work.on_disk = True
+        work.folder.mkdir()
+        work.path = self._store.fetch(work.slide, work.folder, work.requests, self._stop)
+        return work.path
+
+    def _read_from_disk(self, work: _Work, todo: npt.NDArray[np.intp]) -> None:
+        work.todo, work.next_todo, work.unread = todo, 0, len(todo)
+
+    def _prepare_again(self) -> None:
+        """Brings slides of which the fast reader has not given all tiles to disk."""
+        while (work := self._get(self._again)) is not None:
+            try:
+                self._fetch(work)
+            except Stopped:
+                raise
+            except Exception as error:
+                self._fail(work, error)
+            self._on_disk.put(work)  # with an error too, so that its tiles are settled in one place
 
     def _evict(self, work: _Work) -> None:
         with self._lock:
@@ -248,80 +356,217 @@ class Pipeline:
         shutil.rmtree(work.folder, ignore_errors=True)
         self._disk.release()
 
+    def _release_lane(self, work: _Work) -> None:
+        lane, work.lane = work.lane, None
+        if lane is not None:
+            with suppress(SlideUnreadable):  # the process died on closing; the next request starts another
+                lane.release()
+            self._idle_lanes.put(lane)
+
+    # --- feed --------------------------------------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        """Starts the slides in their order and deals out room to those that are streamed."""
+        open_batch: _Batch | None = None
+        streams = []
+        while True:
+            try:
+                work = self._prepared.get_nowait()
+            except queue.Empty:
+                self._seal(open_batch)  # rather a batch that is not full than a model that waits for the next slide
+                open_batch = None
+                work = self._get(self._prepared)
+            if work is None:
+                break
+            work.reading_from = work.progress_at = time.monotonic()
+            if work.lane is None:
+                self._on_disk.put(work)
+                continue
+            work.streaming = True
+            work.unsettled += 1  # the stream itself, so that the slide is not finished before
+            lane, survey = work.lane, work.surveyed
+            room = self._batch - (open_batch.count if open_batch else 0)
+            lane.stream(survey.geometry, survey.positions, self._batch, room)
+            streams.append(self._thread("stream", self._hear, work, lane))
+            open_batch = self._grant(work, lane, open_batch)
+        self._seal(open_batch)
+        _join(streams)
+
+    def _grant(self, work: _Work, lane: ReaderProcess, batch: _Batch | None) -> _Batch | None:
+        """Grants a stream room for all its tiles. The last batch, where it is not full, is the next slide's too."""
+        for left in work.strips:
+            while left:
+                if batch is None:
+                    batch = _Batch(self._get(self._free))
+                count = min(left, self._batch - batch.count)
+                with self._lock:
+                    if not work.streaming or work.error is not None:
+                        return batch
+                    segment = batch.add(work, count, streamed=True)
+                    offset = self._arena.offset(batch.slot, segment.first, self._model.px)
+                    work.granted[offset] = segment
+                lane.grant(offset, count)
+                left -= count
+                if batch.count == self._batch:
+                    self._seal(batch)
+                    batch = None
+        return batch
+
+    def _seal(self, batch: _Batch | None) -> None:
+        if batch is None:
+            return
+        with self._lock:
+            batch.sealed = True
+            ready = batch.awaited == 0
+        if ready:
+            self._filled.put(batch)
+
+    def _arrived(self, segment: _Segment) -> None:
+        batch = segment.batch
+        with self._lock:
+            batch.awaited -= 1
+            ready = batch.sealed and batch.awaited == 0
+        if ready:
+            self._filled.put(batch)
+
+    # --- stream ------------------------------------------------------------------------------------------------
+
+    def _hear(self, work: _Work, lane: ReaderProcess) -> None:
+        """Takes what the stream has filled until it ends, however it does."""
+        missing = np.ones(len(work.readable), np.bool_)
+        again = missing.copy()
+        error: SlidewayError | None = None
+
+        def waits() -> bool:
+            if work.error is not None:
+                raise work.error
+            return not work.granted
+
+        try:
+            while isinstance(reply := lane.streamed(waits), Filled):
+                with self._lock:
+                    segment = work.granted.pop(reply.offset)
+                segment.indices, segment.readable = reply.indices, reply.readable
+                work.readable[reply.indices] = reply.readable
+                missing[reply.indices] = ~reply.readable
+                again[reply.indices] = reply.again
+                self._arrived(segment)
+            self._used(work, reply.usage)
+            error = by_name(reply.error.name, reply.error.message) if reply.error else None
+        except SlidewayError as reason:
+            error = reason
+            if isinstance(reason, Stopped):
+                raise
+            lane.close()
+        with self._lock:
+            work.streaming = False
+            unfilled = list(work.granted.values())
+            work.granted.clear()
+        for segment in unfilled:
+            self._arrived(segment)
+        self._release_lane(work)
+        if isinstance(error, SlideFailed) and not isinstance(error, InternalError):
+            self._fail(work, error)  # the storage failed; what failed in reading, the other reader tries
+        todo = np.flatnonzero(missing & again)
+        if work.error is not None:
+            todo = todo[:0]
+        self._settle(work, int(missing.sum()) - len(todo) + 1)
+        if len(todo):
+            work.again = len(todo)
+            self._read_from_disk(work, todo)
+            self._again.put(work)
+
+    def _used(self, work: _Work, usage: Usage) -> None:
+        work.requests.count(get=usage.requests)
+        with self._lock:
+            work.bytes_read += usage.bytes
+            work.timings["fetch"] += usage.network
+            work.timings["read"] += usage.processor
+
     # --- read --------------------------------------------------------------------------------------------------
 
     def _read(self, reader: ReaderProcess) -> None:
-        reader.start()
-        while True:
-            slot = self._get(self._free)
-            batch = self._next_batch(reader, slot)
-            if batch is None:
-                return
-            work = batch.work
-            started = time.monotonic()
-            try:
-                assert work.survey is not None
-                assert work.path is not None
-                positions = work.survey.positions[batch.start : batch.stop]
-                offset = slot * self._arena.slot_bytes
-                work.readable[batch.start : batch.stop] = reader.read(
-                    ReadRequest(work.path, work.survey.geometry, positions, offset)
-                )
-            except Stopped:
-                raise
-            except Exception as error:
-                self._fail(work, error)
-            with self._lock:
-                work.timings["read"] += time.monotonic() - started
-            self._has_read(work, batch.stop - batch.start)
-            if work.error is None:
-                self._filled.put(batch)
-            else:
-                self._free.put(slot)
-                self._settle(work, batch.stop - batch.start)
+        while (batch := self._next_batch(reader)) is not None:
+            for segment in batch.segments:
+                work = segment.work
+                started = time.monotonic()
+                try:
+                    self._read_segment(reader, segment)
+                except Stopped:
+                    raise
+                except Exception as error:
+                    if not (work.again and isinstance(error, SlideQuarantined)):
+                        self._fail(work, error)
+                with self._lock:
+                    work.timings["read"] += time.monotonic() - started
+                self._has_read(work, segment.count)
+                self._arrived(segment)
 
-    def _next_batch(self, reader: ReaderProcess, slot: int) -> _Batch | None:
-        """The next tiles to read, of this slide or the next; None at the end. Where there is nothing to read yet
-        the reader lets go of its slide first, so that the slide's space on disk is free."""
+    def _read_segment(self, reader: ReaderProcess, segment: _Segment) -> None:
+        work, indices = segment.work, segment.indices
+        assert indices is not None
+        segment.readable = np.zeros(segment.count, np.bool_)
+        if work.error is not None or work.path is None:
+            return
+        survey = work.surveyed
+        offset = self._arena.offset(segment.batch.slot, segment.first, self._model.px)
+        segment.readable = reader.read(
+            ReadRequest(
+                work.path,
+                survey.geometry,
+                survey.positions[indices],
+                offset,
+                survey.level_size if work.again else None,
+            )
+        )
+        work.readable[indices] = segment.readable
+
+    def _next_batch(self, reader: ReaderProcess) -> _Batch | None:
+        """The next tiles to read from disk; None at the end. Where there is nothing to read yet the reader lets go
+        of its slide first, so that the slide's space on disk is free."""
         released = False
-        while True:
+        slot: int | None = None
+        while self._left:
             self._check_stop()
-            with self._feed_lock:
-                batch = self._cut(slot)
-                if batch is not None:
-                    return batch
-                if self._fed:
-                    return None
+            with self._cut_lock:
+                if self._to_read() is not None:
+                    if slot is None:
+                        with suppress(queue.Empty):
+                            slot = self._free.get_nowait()
+                    if slot is not None:
+                        return self._cut(_Batch(slot))
             if not released:
                 self._release(reader)
                 released = True
             time.sleep(0.005)
+        return None
 
-    def _cut(self, slot: int) -> _Batch | None:
+    def _to_read(self) -> _Work | None:
+        """The slide on disk of which tiles are to be read; its errors have no tiles left."""
         while True:
             work = self._current
             if work is None:
                 try:
-                    work = self._prepared.get_nowait()
+                    work = self._current = self._on_disk.get_nowait()
                 except queue.Empty:
                     return None
-                if work is None:
-                    self._fed = True
-                    return None
-                self._current = work
-                work.reading_from = work.progress_at = time.monotonic()
-            count = len(work.readable)
-            start = work.next_tile
-            if work.error is not None:
-                self._current = None
-                work.next_tile = count
-                self._has_read(work, count - start)
-                self._settle(work, count - start)
-                continue
-            work.next_tile = stop = min(start + self._batch, count)
-            if stop == count:
-                self._current = None
-            return _Batch(work, start, stop, slot)
+            left = len(work.todo) - work.next_todo
+            if left and work.error is None:
+                return work
+            self._current = None
+            if left:
+                work.next_todo = len(work.todo)
+                self._has_read(work, left)
+                self._settle(work, left)
+
+    def _cut(self, batch: _Batch) -> _Batch:
+        while batch.count < self._batch and (work := self._to_read()) is not None:
+            stop = min(work.next_todo + self._batch - batch.count, len(work.todo))
+            segment = batch.add(work, stop - work.next_todo, streamed=False)
+            segment.indices = work.todo[work.next_todo : stop]
+            work.next_todo = stop
+        batch.sealed = True
+        return batch
 
     def _release(self, reader: ReaderProcess) -> None:
         with suppress(SlideUnreadable):  # the process died on closing; the next request starts another
@@ -337,25 +582,62 @@ class Pipeline:
     # --- infer -------------------------------------------------------------------------------------------------
 
     def _infer(self, predictor: Predictor) -> None:
+        """Keeps as many batches in flight as the device takes; the next one goes there before an answer is waited
+        for, if it is there."""
+        flying: deque[_Flying] = deque()
         while (batch := self._get(self._filled)) is not None:
-            work, count = batch.work, batch.stop - batch.start
-            started = time.monotonic()
-            try:
-                if work.error is None:
-                    tiles = self._arena.tiles(batch.slot, count, self._model.px)
-                    readable = work.readable[batch.start : batch.stop]
-                    if readable.all():
-                        work.values[batch.start : batch.stop] = predictor.run(tiles)
-                    elif readable.any():
-                        work.values[batch.start : batch.stop][readable] = predictor.run(tiles[readable])
-            except Exception as error:
-                self._fail(work, error)
-            self._free.put(batch.slot)
+            flying.append(self._submit(predictor, batch))
+            while flying and (len(flying) >= predictor.in_flight or self._filled.empty()):
+                self._land(predictor, flying.popleft())
+        for last in flying:
+            self._land(predictor, last)
+
+    def _submit(self, predictor: Predictor, batch: _Batch) -> _Flying:
+        began = _clock(predictor)
+        live = [part for part in batch.segments if part.work.error is None and part.readable.any()]
+        answer: Callable[[], Values] | None = None
+        if live:
+            rows = np.concatenate([part.first + np.flatnonzero(part.readable) for part in live])
+            tiles = self._arena.tiles(batch.slot, batch.count, self._model.px)
+            with suppress(ModelError):  # whose slide it is, is found out when it lands
+                answer = predictor.submit(tiles if len(rows) == batch.count else tiles[rows])
+        return _Flying(batch, live, answer, _clock(predictor) - began)
+
+    def _land(self, predictor: Predictor, flying: _Flying) -> None:
+        """Deals the answers back by slide."""
+        began = _clock(predictor)
+        batch, live = flying.batch, flying.live
+        try:
+            values = flying.answer() if flying.answer is not None else None
+        except Exception:
+            values = None
+        if values is None:
+            self._infer_apart(predictor, batch, live)
+        else:
+            ends = np.cumsum([part.readable.sum() for part in live])
+            for part, own in zip(live, np.split(values, ends[:-1]), strict=True):
+                assert part.indices is not None
+                part.work.values[part.indices[part.readable]] = own
+        self._free.put(batch.slot)
+        seconds = flying.seconds + _clock(predictor) - began
+        for part in batch.segments:
+            count = int(part.readable.sum()) if part.streamed else part.count  # others of a stream are tried again
             with self._lock:
-                work.timings["infer"] += time.monotonic() - started
-                work.done += count
-            self._progress(work)
-            self._settle(work, count)
+                part.work.timings["infer"] += seconds * part.count / batch.count
+                part.work.done += count
+            self._progress(part.work)
+            self._settle(part.work, count)
+
+    def _infer_apart(self, predictor: Predictor, batch: _Batch, live: Sequence[_Segment]) -> None:
+        """After an error each slide's tiles by themselves, so that it is the error of whose they are."""
+        tiles = self._arena.tiles(batch.slot, batch.count, self._model.px)
+        for part in live:
+            assert part.indices is not None
+            try:
+                own = tiles[part.first : part.first + part.count][part.readable]
+                part.work.values[part.indices[part.readable]] = predictor.run(own)
+            except Exception as error:
+                self._fail(part.work, error)
 
     def _progress(self, work: _Work) -> None:
         now = time.monotonic()
@@ -384,12 +666,14 @@ class Pipeline:
     # --- write -------------------------------------------------------------------------------------------------
 
     def _finish(self, work: _Work) -> None:
+        self._release_lane(work)
         self._evict(work)
         self._finished.put(work)
 
     def _write_all(self) -> None:
         while (work := self._get(self._finished)) is not None:
             self._write(work)
+            self._has_ended()
 
     def _write(self, work: _Work) -> None:
         shard, slide, survey = work.shard, work.slide, work.survey
@@ -397,6 +681,8 @@ class Pipeline:
         files: dict[str, bytes] = {}
         try:
             if work.error is None and survey is not None:
+                if work.again and work.readable[work.todo].any():
+                    survey = work.survey = replace(survey, reader=f"{survey.reader}, openslide")
                 if len(work.readable) and not work.readable.any():
                     raise SlideUnreadable(
                         f"None of its {len(work.readable)} tiles can be read: scan or copy the file again."
@@ -424,6 +710,7 @@ class Pipeline:
             readable=work.readable,
             files=files,
             timings=work.timings,
+            bound=self._bound(work),
             requests=work.requests,
         )
         try:
@@ -434,6 +721,21 @@ class Pipeline:
             if work.error is None:
                 work.error = error
         self._report(work, marker)
+
+    def _bound(self, work: _Work) -> dict[str, float]:
+        """What the slide's time went to: shares of the seconds that each part needs by itself, all of the
+        machine's processors or devices working on it. The parts overlap, so that the largest is what bounds."""
+        timings = work.timings
+        seconds = {
+            "network": timings.get("fetch", 0.0),
+            "tissue": timings.get("tissue", 0.0),
+            "decode": timings.get("read", 0.0) / self._threads,
+            "model": timings.get("infer", 0.0) / len(self._predictors),
+            "write": timings.get("write", 0.0),
+        }
+        with self._lock:
+            self._tally.busy.update(seconds)
+        return shares(seconds)
 
     def _report(self, work: _Work, marker: dict[str, object]) -> None:
         slide_id, error = work.slide.slide_id, work.error
@@ -447,7 +749,10 @@ class Pipeline:
                 tilesTotal=len(work.readable),
                 tilesPerSecond=round(len(work.readable) / seconds, 1) if seconds else 0.0,
                 tilesUnreadable=int((~work.readable).sum()),
+                tilesReadAgain=work.again,
+                bytesRead=work.bytes_read + (work.slide.size if work.path is not None else 0),
                 timings=marker["timings"],
+                bound=marker["bound"],
             )
             return
         quarantined = isinstance(error, SlideQuarantined)
@@ -460,6 +765,10 @@ class Pipeline:
             error=error.name,
             message=str(error),
         )
+
+    def _has_ended(self) -> None:
+        with self._lock:
+            self._left -= 1
 
     def _count(self, state: str) -> None:
         with self._lock:
@@ -499,6 +808,17 @@ def _join(threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
         while thread.is_alive():
             thread.join(_POLL)  # in short waits, so that signals are handled
+
+
+def _clock(predictor: Predictor) -> float:
+    """Seconds that a GPU is waited for; or of the processor, which is shared with reading."""
+    return time.perf_counter() if predictor.on_gpu else time.thread_time()
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each as a share of their sum; none where nothing was done."""
+    total = sum(seconds.values())
+    return {name: round(value / total, 3) for name, value in seconds.items()} if total > 0 else {}
 
 
 def processors() -> int:

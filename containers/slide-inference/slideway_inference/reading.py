@@ -12,6 +12,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,7 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.errors import SlideUnreadable, Stopped, by_name
-from slideway_inference.reader_process import ErrorReply, ReadRequest, ReleaseRequest, Reply, Request
+from slideway_inference.fast import NotFast
+from slideway_inference.grid import TileGeometry
+from slideway_inference.reader_process import (
+    ErrorReply,
+    Filled,
+    Grant,
+    NotFastReply,
+    ReadRequest,
+    ReleaseRequest,
+    Reply,
+    Request,
+    StreamEnded,
+    StreamRequest,
+    SurveyReply,
+)
 from slideway_inference.survey import Survey, SurveyRequest
 
 _READ_SECONDS = 600.0
@@ -43,6 +59,10 @@ class Arena:
         self.slot_bytes = slot_bytes
         self._memory = mmap.mmap(self.descriptor, size)
 
+    def offset(self, slot: int, first: int, px: int) -> int:
+        """Where the tile `first` of a slot begins."""
+        return slot * self.slot_bytes + first * px * px * 3
+
     def tiles(self, slot: int, count: int, px: int) -> npt.NDArray[np.uint8]:
         """The tiles in a slot, (count, px, px, 3); a view, valid until the slot is read into again."""
         data = np.frombuffer(self._memory, np.uint8, count * px * px * 3, slot * self.slot_bytes)
@@ -53,13 +73,16 @@ class Arena:
 
 
 class ReaderProcess:
-    """One reader process; used by one thread. Starts on the first request, and anew after a crash."""
+    """One reader process, with `threads` threads for slides in S3. Starts on the first request, and anew after a
+    crash. Used by one thread, but that a stream's room may be granted by another."""
 
-    def __init__(self, arena: Arena, stop: threading.Event) -> None:
+    def __init__(self, arena: Arena, stop: threading.Event, threads: int = 1) -> None:
         self._arena = arena
         self._stop = stop
+        self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._sending = threading.Lock()
 
     def start(self) -> None:
         """Starts the process before it is needed."""
@@ -67,9 +90,13 @@ class ReaderProcess:
             self._start()
 
     def survey(self, request: SurveyRequest) -> Survey:
-        """Raises SlideQuarantined of all kinds."""
+        """Raises SlideQuarantined of all kinds; NotFast for a slide in S3 that must be read from disk."""
+        return self.open(request).survey
+
+    def open(self, request: SurveyRequest) -> SurveyReply:
+        """The same, with what streaming needs."""
         reply = self._call(request, _SURVEY_SECONDS)
-        assert isinstance(reply, Survey)
+        assert isinstance(reply, SurveyReply)
         return reply
 
     def read(self, request: ReadRequest) -> npt.NDArray[np.bool_]:
@@ -78,29 +105,58 @@ class ReaderProcess:
         assert isinstance(reply, np.ndarray)
         return reply
 
+    def stream(self, geometry: TileGeometry, positions: npt.NDArray[np.int32], batch: int, first: int) -> None:
+        """Begins to read tiles of the slide that was opened last; see StreamRequest."""
+        self._tell(StreamRequest(geometry, positions, batch, first))
+
+    def grant(self, offset: int, count: int) -> None:
+        """Gives the stream room for `count` tiles in the arena. From any thread."""
+        self._tell(Grant(offset, count))
+
+    def streamed(self, waits: Callable[[], bool]) -> Filled | StreamEnded:
+        """The next grant that was filled, or the end of the stream; the process may be silent for long only while
+        it `waits` for room. Raises SlideUnreadable, and what `waits` raises."""
+        reply = self._receive(_READ_SECONDS, waits)
+        assert isinstance(reply, Filled | StreamEnded)
+        return reply
+
     def release(self) -> None:
         """Closes the slide that the process holds."""
         if self._connection is not None:
             self._call(ReleaseRequest(), _READ_SECONDS)
 
     def close(self) -> None:
-        if self._process is None or self._connection is None:
-            return
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()
-        self._process = self._connection = None
+        with self._sending:
+            if self._process is None or self._connection is None:
+                return
+            self._connection.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = self._connection = None
+
+    def _tell(self, request: Request) -> None:
+        with self._sending, suppress(OSError):  # who receives learns that the process has died
+            if self._connection is not None:
+                self._connection.send(request)
 
     def _call(self, request: Request, seconds: float) -> Reply:
-        connection = self._connection or self._start()
+        self.start()
+        self._tell(request)
+        return self._receive(seconds)
+
+    def _receive(self, seconds: float, waits: Callable[[], bool] = lambda: False) -> Reply:
+        connection = self._connection
         deadline = time.monotonic() + seconds
         try:
-            connection.send(request)
+            if connection is None:
+                raise EOFError
             while not connection.poll(0.2):
                 if self._stop.is_set():
                     self.close()
                     raise Stopped("The job was told to stop.")
-                if time.monotonic() > deadline:
+                if waits():
+                    deadline = time.monotonic() + seconds
+                elif time.monotonic() > deadline:
                     self.close()
                     raise SlideUnreadable(f"Reading it took more than {seconds:.0f} s: the file is damaged.")
             reply: Reply = connection.recv()
@@ -108,18 +164,20 @@ class ReaderProcess:
             raise SlideUnreadable(f"Reading it crashed the image library ({self._ending()}).") from error
         if isinstance(reply, ErrorReply):
             raise by_name(reply.name, reply.message)
+        if isinstance(reply, NotFastReply):
+            raise NotFast(reply.reason)
         return reply
 
-    def _start(self) -> Connection:
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             package = str(Path(__file__).resolve().parents[1])
             path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
             descriptors = (theirs.fileno(), self._arena.descriptor)
             # Not -m: what is pickled must be known by the same module name on both sides.
-            start = "from slideway_inference.reader_process import main; main({}, {})".format(*descriptors)
+            start = "from slideway_inference.reader_process import main; main({}, {}, {})"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", start],
+                [sys.executable, "-c", start.format(*descriptors, self._threads)],
                 pass_fds=descriptors,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
@@ -127,10 +185,10 @@ class ReaderProcess:
                 stderr=subprocess.DEVNULL,  # image libraries name files there
             )
         self._connection = Connection(ours.detach())
-        return self._connection
 
     def _ending(self) -> str:
-        assert self._process is not None
+        if self._process is None:
+            return "it was ended"
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -77,6 +77,7 @@ def completion(
     readable: npt.NDArray[np.bool_] | None,
     files: Mapping[str, bytes],
     timings: Mapping[str, float],
+    bound: Mapping[str, float],
     requests: Requests,
 ) -> dict[str, Any]:
     """The marker. `requests` counts what was made until now; the marker's own put is added."""
@@ -124,6 +125,7 @@ def completion(
             for name, data in sorted(files.items())
         },
         "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
+        "bound": dict(bound),
         "requests": {"get": requests.get, "put": requests.put + 1},
         "device": device,
     }

@@ -42,21 +42,26 @@ class Requests:
             self.put += put
 
 
+def s3_client(streams: int) -> Any:  # noqa: ANN401
+    """boto3's client, for as many requests at once as `streams` and a few."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,  # boto3 before 1.28 does not look at the environment
+        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        config=Config(
+            retries={"mode": "standard", "max_attempts": 6},
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=2 * streams,
+            s3={"addressing_style": "path" if endpoint else "auto"},
+        ),
+    )
+
+
 class Store:
     def __init__(self) -> None:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self._client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,  # boto3 before 1.28 does not look at the environment
-            region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-            config=Config(
-                retries={"mode": "standard", "max_attempts": 6},
-                connect_timeout=10,
-                read_timeout=60,
-                max_pool_connections=2 * _STREAMS,
-                s3={"addressing_style": "path" if endpoint else "auto"},
-            ),
-        )
+        self._client = s3_client(_STREAMS)
 
     def get_if_there(self, bucket: str, key: str, requests: Requests) -> bytes | None:
         """The object, or None when there is none. Raises SlideFetchFailed."""

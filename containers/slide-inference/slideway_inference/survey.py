@@ -8,16 +8,17 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from slideway_inference.contracts import MppSource
+from slideway_inference.contracts import MppSource, ShardSlide
 from slideway_inference.errors import SlideUnreadable
-from slideway_inference.grid import TileGeometry, grid_axis, plan_tiles
-from slideway_inference.reader import SlideReader
-from slideway_inference.resolution import resolve_mpp
+from slideway_inference.grid import Level, TileGeometry, grid_axis, plan_tiles
+from slideway_inference.reader import Overview
+from slideway_inference.resolution import Mpp, resolve_mpp
 from slideway_inference.tissue import TISSUE_MPP, find_tissue, tissue_geojson
 
 _THUMBNAIL_PIXELS = 1024
@@ -25,9 +26,22 @@ _OVERVIEW_LIMIT = 16384
 """Longest side of the overview; only an implausibly large slide would meet it."""
 
 
+class Surveyed(Protocol):
+    """What a survey asks of a slide; every reader has it."""
+
+    name: str
+    vendor: str
+    levels: tuple[Level, ...]
+    mpp: Mpp | None
+
+    def overview(self, width: int, height: int) -> Overview: ...
+
+
 @dataclass(frozen=True)
 class SurveyRequest:
-    path: Path
+    """`slide` is a file on disk, or one to be read from S3 by the fast reader."""
+
+    slide: Path | ShardSlide
     checksum: str
     mpp: float | None
     mpp_source: MppSource | None
@@ -58,37 +72,40 @@ class Survey:
     tissue_mpp: float
     geojson: bytes
     thumbnail: bytes
+    level_size: tuple[int, int]
+    """Width and height of the level that tiles are read from: readers may count levels differently."""
     seconds: float
 
 
-def survey(slide: SlideReader, request: SurveyRequest) -> Survey:
+def survey(slide: Surveyed, request: SurveyRequest) -> Survey:
     """Raises MppMissing, MppImplausible, SlideUnreadable."""
     started = time.monotonic()
+    width, height = slide.levels[0].width, slide.levels[0].height
     mpp, source = resolve_mpp(request.mpp, request.mpp_source, slide.mpp)
     geometry = plan_tiles(slide.levels, mpp, request.px, request.tile_mpp, request.overlap, request.mpp_tolerance)
     shrink = max(
         1.0,
-        slide.width * mpp[0] / TISSUE_MPP / _OVERVIEW_LIMIT,
-        slide.height * mpp[1] / TISSUE_MPP / _OVERVIEW_LIMIT,
+        width * mpp[0] / TISSUE_MPP / _OVERVIEW_LIMIT,
+        height * mpp[1] / TISSUE_MPP / _OVERVIEW_LIMIT,
     )
     overview = slide.overview(
-        max(1, min(slide.width, round(slide.width * mpp[0] / TISSUE_MPP / shrink))),
-        max(1, min(slide.height, round(slide.height * mpp[1] / TISSUE_MPP / shrink))),
+        max(1, min(width, round(width * mpp[0] / TISSUE_MPP / shrink))),
+        max(1, min(height, round(height * mpp[1] / TISSUE_MPP / shrink))),
     )
     if overview.unreadable.all():
         raise SlideUnreadable(
             "It opens, but none of its pixels can be read: the file is damaged; scan or copy it again."
         )
-    tissue = find_tissue(overview, (slide.width, slide.height), mpp)
+    tissue = find_tissue(overview, (width, height), mpp)
 
-    xs = grid_axis(slide.width, geometry.footprint_x, geometry.stride_x)
-    ys = grid_axis(slide.height, geometry.footprint_y, geometry.stride_y)
+    xs = grid_axis(width, geometry.footprint_x, geometry.stride_x)
+    ys = grid_axis(height, geometry.footprint_y, geometry.stride_y)
     fractions = tissue.fractions(xs, ys, (geometry.footprint_x, geometry.footprint_y))
     # A share that float arithmetic leaves a hair below the parameter is not below it.
     rows, columns = np.nonzero(fractions >= request.tissue_min_fraction - 1e-6)
     return Survey(
-        width=slide.width,
-        height=slide.height,
+        width=width,
+        height=height,
         levels=len(slide.levels),
         vendor=slide.vendor,
         reader=slide.name,
@@ -102,14 +119,16 @@ def survey(slide: SlideReader, request: SurveyRequest) -> Survey:
         tissue_mpp=math.sqrt(tissue.scale_x * mpp[0] * tissue.scale_y * mpp[1]),
         geojson=tissue_geojson(tissue, mpp, request.checksum),
         thumbnail=_thumbnail(slide, overview.rgb),
+        level_size=(slide.levels[geometry.level].width, slide.levels[geometry.level].height),
         seconds=time.monotonic() - started,
     )
 
 
-def _thumbnail(slide: SlideReader, overview: npt.NDArray[np.uint8]) -> bytes:
+def _thumbnail(slide: Surveyed, overview: npt.NDArray[np.uint8]) -> bytes:
     """JPEG of the whole slide with level 0's aspect, from level pixels only."""
-    scale = min(1.0, _THUMBNAIL_PIXELS / max(slide.width, slide.height))
-    size = max(1, round(slide.width * scale)), max(1, round(slide.height * scale))
+    width, height = slide.levels[0].width, slide.levels[0].height
+    scale = min(1.0, _THUMBNAIL_PIXELS / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     if overview.shape[1] >= size[0] and overview.shape[0] >= size[1]:
         image = Image.fromarray(overview).resize(size, Image.Resampling.BOX)
     else:

@@ -22,6 +22,7 @@ TISSUE_MPP = 8.0
 
 Bool = npt.NDArray[np.bool_]
 F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
 
 _SATURATION = (0.06, 0.12)
 _DENSITY = (0.05, 0.12)
@@ -32,6 +33,7 @@ _GLASS = (215.0, 255.0)
 _SMALLEST_PIECE_MM2 = 0.01
 _SMALLEST_HOLE_MM2 = 0.01
 _INK_STEPS = 30
+_LEAST_INK = 0.1
 _GREEN = (142, 197, 63)
 
 
@@ -99,12 +101,19 @@ def _stained(overview: Overview) -> Bool:
     scanned = overview.scanned
     if not scanned.any():
         return np.zeros_like(scanned)
-    rgb = overview.rgb.astype(np.float32)
-    high, low = rgb.max(axis=2), rgb.min(axis=2)
-    saturation = (high - low) / np.maximum(high, 1)
-    glass = np.clip(np.percentile(rgb[scanned], 98, axis=0), *_GLASS).astype(np.float32)
-    density = np.clip(-np.log10(np.maximum(rgb, 1) / glass), 0, None).mean(axis=2)
-    ink = _ink(rgb, high, saturation)
+    # Colour by colour: sums over the last axis of three are slow, and a table has the 256 logarithms there are.
+    colours = [np.ascontiguousarray(overview.rgb[..., colour]) for colour in range(3)]
+    high = np.maximum(np.maximum(colours[0], colours[1]), colours[2])
+    low = np.minimum(np.minimum(colours[0], colours[1]), colours[2])
+    saturation: F32 = (high - low).astype(np.float32)
+    saturation /= np.maximum(high, 1)
+    density = np.zeros(scanned.shape, np.float32)
+    for colour in colours:
+        glass = np.float32(np.clip(_percentile(colour[scanned], 98), *_GLASS))
+        light = np.maximum(np.arange(256, dtype=np.float32), 1) / glass
+        density += np.clip(-np.log10(light), 0, None).take(colour)
+    density /= 3
+    ink = _ink(colours, high, low, saturation)
     counted = scanned & ~ink
     coloured = saturation > _threshold(saturation[counted], 1.0, _SATURATION)
     dense = density > _threshold(density[counted], 1.5, _DENSITY)
@@ -127,19 +136,37 @@ def _threshold(values: F32, top: float, bounds: tuple[float, float]) -> float:
     return float(np.clip(centres[int(np.argmax(np.nan_to_num(between)))], *bounds))
 
 
-def _ink(rgb: F32, high: F32, saturation: F32) -> Bool:
+def _percentile(values: U8, share: float) -> float:
+    """numpy's percentile, from the counts."""
+    counts = np.bincount(values, minlength=256).cumsum()
+    at = share / 100 * (len(values) - 1)
+    below, above = np.searchsorted(counts, [int(at), min(int(at) + 1, len(values) - 1)], side="right")
+    return float(below + (above - below) * (at - int(at)))
+
+
+def _ink(colours: list[U8], high: U8, low: U8, saturation: F32) -> Bool:
     """Pen marks: blue, green, red and black. Hue in degrees; stains keep clear of these hues at these saturations
     (haematoxylin is 230–290°, eosin 310–350°, DAB 15–40°)."""
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    chroma = np.maximum(saturation * high, 1e-3)
-    hue = (
+    # All rules ask for some saturation; where there is none, hue is not worked out.
+    coloured = np.flatnonzero(saturation > _LEAST_INK)
+    red, green, blue = (colour.ravel()[coloured].astype(np.float32) for colour in colours)
+    top = high.ravel()[coloured]
+    strong = saturation.ravel()[coloured]
+    chroma = np.maximum(strong * top, 1e-3)
+    hue: F32 = (
         np.where(
-            high == red,
+            top == red,
             ((green - blue) / chroma) % 6,
-            np.where(high == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+            np.where(top == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
         )
         * 60
     )
+
+    def where(found: Bool) -> Bool:
+        mask = np.zeros(saturation.shape, np.bool_)
+        mask.ravel()[coloured[found]] = True
+        return mask
+
     ink = np.zeros(saturation.shape, np.bool_)
     rules = (
         ((185, 238), 0.60, (175, 245), 0.20, 0),
@@ -147,10 +174,11 @@ def _ink(rgb: F32, high: F32, saturation: F32) -> Bool:
         ((-12, 12), 0.80, (-12, 18), 0.20, 120),
     )
     for core_hue, core_saturation, rim_hue, rim_saturation, least in rules:
-        core = _within(hue, core_hue) & (saturation > core_saturation) & (high > least)
-        rim = _within(hue, rim_hue) & (saturation > rim_saturation)
-        ink |= _grow(core, rim)
-    neutral = (high - rgb.min(axis=2)) < 30
+        core = (strong > core_saturation) & (top > least) & _within(hue, core_hue)
+        if core.any():
+            rim = (strong > rim_saturation) & _within(hue, rim_hue)
+            ink |= _grow(where(core), where(rim))
+    neutral = (high - low) < 30
     ink |= _grow(neutral & (high < 75), neutral & (high < 190))
     return ink
 

@@ -1,0 +1,710 @@
+"""Reads tiles at the speed of the decoder. A grid of wanted tiles is planned ahead: which native tiles it needs, in
+which order, and which bytes those are. The bytes are fetched in large windows while earlier ones are decoded; each
+native tile is decoded once, by whichever thread needs it first, at reduced size where the wanted µm per pixel
+allows, and is dropped after the last tile that is cut from it. Memory depends on the slide's width, not its size;
+where even that is too much, the grid is worked in vertical strips."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from slideway_inference.fast.codecs import TileError
+from slideway_inference.fast.pyramid import NativeLevel, Pyramid
+from slideway_inference.fast.resample import AreaResampler
+from slideway_inference.grid import Level, TileGeometry
+from slideway_inference.reader import Bool, Overview, Region, RegionUnreadable, SlideReader, levels_of
+from slideway_inference.resolution import mpp_of_file
+
+U8 = npt.NDArray[np.uint8]
+_T = TypeVar("_T")
+
+_CHUNK, _CHUNK_NATIVES = 32, 128
+"""Tiles that a thread works on at a time: so many, or fewer that need so many native ones."""
+_FIRST_WINDOW, _WINDOW = 2 << 20, 32 << 20
+"""Compressed bytes fetched at once; the first window is small, so that decoding starts at once."""
+_WINDOWS = 2
+"""Windows being fetched or waiting to be decoded, besides the one that is."""
+_HELD_BYTES = 640 << 20
+"""Decoded native tiles held for tiles still to come."""
+_OVERVIEW_PIXELS = 2 << 20
+"""Most pixels held at once while an overview is made."""
+_POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Why a tile could not be read. `retry`: OpenSlide may be able to; otherwise its data is bad."""
+
+    reason: str
+    retry: bool
+
+
+@dataclass
+class Batch:
+    """Tiles that are ready: `tiles` (n, px, px, 3), a view of `buffer`, are those at `indices` (n,) of the
+    positions asked for. `unread` maps those that could not be read, by their place in the batch, to the reason;
+    what `tiles` holds for them means nothing."""
+
+    indices: npt.NDArray[np.int64]
+    tiles: U8
+    buffer: U8
+    unread: dict[int, Unread] = field(default_factory=dict)
+
+
+class FastReader(SlideReader):
+    """An open slide. `read_batches` may be used by one thread at a time, and reads with threads of its own."""
+
+    def __init__(self, pyramid: Pyramid, *, threads: int, close: Callable[[], None]) -> None:
+        self.name = f"fast ({pyramid.note})" if pyramid.note else "fast"
+        self.vendor = pyramid.vendor
+        self.properties = pyramid.properties
+        self.native = pyramid.levels
+        self.levels = levels_of([(level.width, level.height) for level in pyramid.levels])
+        self.mpp = mpp_of_file(pyramid.properties)
+        self.threads = threads
+        self._like_openslide = pyramid.like_openslide
+        self._close = close
+
+    def close(self) -> None:
+        self._close()
+
+    # --- tiles -------------------------------------------------------------------------------------------------
+
+    def read_batches(
+        self,
+        geometry: TileGeometry,
+        positions: npt.NDArray[np.int32],
+        batch: int,
+        buffers: queue.Queue[U8],
+        first: int | None = None,
+    ) -> Iterator[Batch]:
+        """Reads the tiles at `positions` (n, 2; level-0 x, y, row by row), `batch` at a time, into arrays taken
+        from `buffers`, each at least (batch, px, px, 3); put them back there when a batch is done with. Batches
+        come in the order of the positions, unless the slide is so wide that it is worked in strips. Work goes on
+        ahead while there are buffers. With `first`, the first batch has so many; each strip begins by filling up
+        the batch that the one before left. Closing the iterator ends it. Raises SlideFetchFailed, SlideChanged,
+        Stopped."""
+        plan = _Plan(self.native[geometry.level], self.levels[geometry.level], geometry, positions)
+        retry = self._like_openslide or geometry.level == 0
+        room = first or batch
+        for strip in plan.strips(_HELD_BYTES):
+            yield from _Run(plan, strip, batch, buffers, self.threads, retry, room).batches()
+            room = (room - len(strip)) % batch or batch
+
+    def strips(self, geometry: TileGeometry, positions: npt.NDArray[np.int32]) -> list[int]:
+        """How many of the tiles each strip has in which `read_batches` works."""
+        plan = _Plan(self.native[geometry.level], self.levels[geometry.level], geometry, positions)
+        return [len(strip) for strip in plan.strips(_HELD_BYTES)]
+
+    def read_tiles(self, geometry: TileGeometry, positions: npt.NDArray[np.int32], out: U8) -> Bool:
+        readable = np.ones(len(positions), np.bool_)
+        if len(positions) == 0:
+            return readable
+        plan = _Plan(self.native[geometry.level], self.levels[geometry.level], geometry, positions)
+        buffers: queue.Queue[U8] = queue.Queue()
+        buffers.put(out)
+        order = np.arange(len(positions))
+        for batch in _Run(plan, order, len(positions), buffers, self.threads, retry=False).batches():
+            readable[list(batch.unread)] = False
+        return readable
+
+    # --- regions -----------------------------------------------------------------------------------------------
+
+    def read_region(self, level: int, x: int, y: int, width: int, height: int) -> Region:
+        native = self.native[level]
+        rgb = np.full((height, width, 3), 255, np.uint8)
+        scanned: Bool | None = None
+        columns = range(x // native.tile_width, (x + width - 1) // native.tile_width + 1)
+        for row in range(y // native.tile_height, (y + height - 1) // native.tile_height + 1):
+            indices = [row * native.columns + column for column in columns]
+            tiles = [_Native(index) for index in indices]
+            _fetch(native, tiles)
+            for column, tile in zip(columns, tiles, strict=True):
+                pixels = _decode(native, tile, 1)
+                if tile.error is not None:
+                    raise RegionUnreadable(tile.error.reason)
+                left, top = column * native.tile_width, row * native.tile_height
+                x0, x1 = max(x, left), min(x + width, left + native.tile_width)
+                y0, y1 = max(y, top), min(y + height, top + native.tile_height)
+                if pixels is None:
+                    if scanned is None:
+                        scanned = np.ones((height, width), np.bool_)
+                    scanned[y0 - y : y1 - y, x0 - x : x1 - x] = False
+                else:
+                    rgb[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+        return Region(rgb, scanned, x, y)
+
+    def overview(self, width: int, height: int) -> Overview:
+        """The slide as width × height pixels, from the smallest pictures that are not coarser: a level, decoded at
+        reduced size where its codec can. Each pixel is the mean over its footprint, of which what was not
+        scanned is white; a pixel is unreadable where half of it is."""
+        fine = [i for i, level in enumerate(self.levels) if level.width >= width and level.height >= height]
+        native = self.native[max(fine, key=lambda i: self.levels[i].downsample_x) if fine else 0]
+        reduction = _reduction(native, native.width / width, native.height / height)
+        return _overview(native, reduction, width, height, self.threads)
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------
+
+
+class _Plan:
+    """Where each tile lies on the level's native tiles. All arrays have a row per position."""
+
+    def __init__(
+        self, native: NativeLevel, level: Level, geometry: TileGeometry, positions: npt.NDArray[np.int32]
+    ) -> None:
+        self.native = native
+        self.px = px = geometry.px
+        size = np.array([native.width, native.height])
+        at = positions.astype(np.float64) / (level.downsample_x, level.downsample_y)
+        if geometry.native:
+            start = np.minimum(np.rint(at), size - px).astype(np.float64)
+            stop = start + px
+        else:
+            footprint = np.array(
+                [geometry.footprint_x / level.downsample_x, geometry.footprint_y / level.downsample_y]
+            )
+            start, stop = np.maximum(at, 0), np.minimum(at + footprint, size)
+        scale = 1.0 if geometry.native else float(min(footprint) / px)
+        self.reduction = _reduction(native, scale, scale)
+        # The last reduced pixels of a level that it does not divide are made of padding too.
+        whole = size - size % self.reduction
+        reductions = np.where((stop > whole + 1e-6).any(axis=1), 1, self.reduction)
+        divisor = reductions[:, None]
+        start, stop = start / divisor, stop / divisor
+        low = np.floor(start + 1e-6).astype(np.int64)
+        high = np.minimum(np.ceil(stop - 1e-6).astype(np.int64), -(-size // divisor))
+        high = np.maximum(high, low + 1)
+        exact = np.abs(start - np.rint(start)).max(axis=1, initial=0) < 1e-6
+        exact &= np.abs(stop - start - px).max(axis=1, initial=0) < 1e-6
+        tile = np.array([native.tile_width, native.tile_height]) // divisor
+        self._first, self._last = low // tile, (high - 1) // tile
+        self._reductions = reductions
+        fits = (self._first == self._last).all(axis=1) & (tile == px).all(axis=1) & (low % tile == 0).all(axis=1)
+        # Plain lists: a tile's numbers are looked up one by one.
+        self.reductions: list[int] = reductions.tolist()
+        self.start: list[list[float]] = start.tolist()
+        self.stop: list[list[float]] = stop.tolist()
+        self.low: list[list[int]] = low.tolist()
+        self.high: list[list[int]] = high.tolist()
+        self.first: list[list[int]] = self._first.tolist()
+        self.last: list[list[int]] = self._last.tolist()
+        self.copied: list[bool] = exact.tolist()
+        self._whole: list[bool] = (exact & fits).tolist()
+
+    def whole(self, index: int) -> bool:
+        """Whether a tile is exactly one native tile."""
+        return self._whole[index]
+
+    def uses(self, order: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int32]]:
+        """By reduction: how many of the tiles are cut from each native tile, (rows, columns)."""
+        counts = {}
+        for reduction in set(self._reductions[order].tolist()):
+            chosen = order[self._reductions[order] == reduction]
+            steps = np.zeros((self.native.rows + 1, self.native.columns + 1), np.int32)
+            (left, top), (right, bottom) = self._first[chosen].T, self._last[chosen].T + 1
+            for rows, columns, step in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+                np.add.at(steps, (rows, columns), step)
+            counts[reduction] = steps.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+        return counts
+
+    def strips(self, budget: int) -> list[npt.NDArray[np.int64]]:
+        """Indices of the positions in the order they are worked, strip by strip."""
+        count = len(self.start)
+        if count == 0:
+            return []
+        held = self.native.tile_width * self.native.tile_height * 3 // self.reduction**2
+        rows = 1 + int((self._last[:, 1] - self._first[:, 1]).max())
+        columns = int(self._last[:, 0].max() - self._first[:, 0].min()) + 1
+        parts = -(-columns * rows * held // budget)
+        if parts <= 1:
+            return [np.arange(count)]
+        wide = -(-columns // parts)
+        strip = (self._first[:, 0] - self._first[:, 0].min()) // wide
+        return [
+            np.flatnonzero(strip == number) for number in range(int(strip.max()) + 1) if (strip == number).any()
+        ]
+
+
+def _reduction(native: NativeLevel, scale_x: float, scale_y: float) -> int:
+    """The largest divisor not above the scale at which native tiles can be decoded."""
+    most = min(scale_x, scale_y) * (1 + 1e-6)
+    return max(
+        r
+        for r in native.codec.reductions
+        if r == 1
+        or (r <= most and native.tile_width % r == 0 and native.tile_height % r == 0 and not native.ragged)
+    )
+
+
+# --- native tiles ------------------------------------------------------------------------------------------------
+
+
+class _Native:
+    """A native tile on its way from bytes to pixels. `pixels` stays None for what was not scanned."""
+
+    __slots__ = ("chunk", "data", "error", "index", "pixels", "place", "reduction", "uses")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.reduction = 1
+        self.place: int | None = None  # in its batch, where it is decoded straight into
+        self.uses = 0
+        self.chunk: _Chunk | None = None
+        self.data: bytes | None = None
+        self.pixels: U8 | None = None
+        self.error: Unread | None = None
+
+
+def _fetch(native: NativeLevel, tiles: Sequence[_Native]) -> None:
+    """Reads the bytes of native tiles; those that are nowhere get their error. Raises SlideFetchFailed."""
+    wanted: dict[int, list[_Native]] = {}
+    for tile in tiles:
+        size, offset = int(native.sizes[tile.index]), int(native.offsets[tile.index])
+        source = 0 if native.source is None else int(native.source[tile.index])
+        if size == 0:
+            continue
+        if size < 0:
+            tile.error = Unread("it is drawn from other tiles", retry=True)
+        elif size > 2 * native.tile_width * native.tile_height * 3 + (64 << 10):
+            tile.error = Unread(f"{size} bytes are absurd for a tile", retry=False)
+        elif offset < 0 or offset + size > native.sources[source].size:
+            tile.error = Unread("the file ends before the tile does", retry=False)
+        else:
+            wanted.setdefault(source, []).append(tile)
+    for source, group in wanted.items():
+        ranges = [(int(native.offsets[tile.index]), int(native.sizes[tile.index])) for tile in group]
+        for tile, data in zip(group, native.sources[source].read(ranges), strict=True):
+            tile.data = data
+
+
+def _decode(native: NativeLevel, tile: _Native, reduction: int, out: U8 | None = None) -> U8 | None:
+    """Decodes a fetched tile into `out`, or memory of its own."""
+    data, tile.data = tile.data, None
+    if data is None:
+        return None
+    width, height = native.tile_size(tile.index)
+    if out is None:
+        out = np.empty((height // reduction, width // reduction, 3), np.uint8)
+    try:
+        native.codec.decode(data, width, height, reduction, out)
+    except TileError as error:
+        tile.error = Unread(str(error), error.retry)
+        return None
+    return out
+
+
+# --- a run through a grid ----------------------------------------------------------------------------------------
+
+
+class _Group:
+    """A batch while it is filled."""
+
+    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
+        self.indices = indices
+        self.left = len(indices)
+        self.batch: Batch | None = None
+        self.done = threading.Event()
+
+
+class _Chunk:
+    """Consecutive tiles of a batch: `indices` of the positions, the first at place `start` of the batch. `own` are
+    the native tiles to decode for it, which no chunk before it needs; `needed` those that each tile is cut from,
+    row by row. `closes`: it is the last of its window."""
+
+    __slots__ = ("closes", "decoded", "group", "indices", "needed", "own", "start")
+
+    def __init__(self, group: _Group, start: int) -> None:
+        self.group = group
+        self.start = start
+        self.indices: list[int] = []
+        self.own: list[_Native] = []
+        self.needed: list[list[_Native]] = []
+        self.decoded = threading.Event()
+        self.closes = False
+
+
+class _Ended(Exception):
+    """The run was ended; its threads leave."""
+
+
+class _Run:
+    """Reads one strip of a plan. A thread plans and fetches windows ahead; workers decode and cut. A chunk's native
+    tiles belong to it or to chunks taken earlier, so that a worker which waits for another never waits in a
+    circle; buffers are given out in the order of the batches for the same reason."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        order: npt.NDArray[np.int64],
+        batch: int,
+        buffers: queue.Queue[U8],
+        threads: int,
+        retry: bool,
+        first: int | None = None,
+    ) -> None:
+        self._plan = plan
+        self._order = order
+        self._batch = batch
+        self._first = first or batch
+        self._buffers = buffers
+        self._threads = threads
+        self._retry = retry
+        self._uses = plan.uses(order)
+        self._live: dict[tuple[int, int], _Native] = {}
+        self._ready: queue.Queue[_Chunk | None] = queue.Queue()
+        self._room = threading.Semaphore(_WINDOWS + 1)
+        self._groups: queue.Queue[_Group | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._taking = threading.Lock()
+        self._stop = threading.Event()
+        self._fault: BaseException | None = None
+        self._spare: deque[U8] = deque(maxlen=4 * _CHUNK)
+
+    def batches(self) -> Iterator[Batch]:
+        threads = [threading.Thread(target=self._guard, args=(self._feed,), name="fetch", daemon=True)]
+        threads += [
+            threading.Thread(target=self._guard, args=(self._work,), name=f"decode-{number}", daemon=True)
+            for number in range(self._threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while (group := self._get(self._groups)) is not None:
+                while not group.done.wait(_POLL):
+                    self._check()
+                assert group.batch is not None
+                yield group.batch
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _guard(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except _Ended:
+            pass
+        except BaseException as error:
+            if self._fault is None:
+                self._fault = error
+            self._stop.set()
+
+    def _check(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+        if self._stop.is_set():
+            raise _Ended
+
+    def _get(self, source: queue.Queue[_T]) -> _T:
+        while True:
+            try:
+                return source.get(timeout=_POLL)
+            except queue.Empty:
+                self._check()
+
+    # --- planning and fetching ---------------------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        with ThreadPoolExecutor(_WINDOWS, "window") as pool:
+            running: deque[tuple[list[_Chunk], Future[None]]] = deque()
+            try:
+                for window in self._windows():
+                    while not self._room.acquire(timeout=_POLL):
+                        self._check()
+                    tiles = [tile for chunk in window for tile in chunk.own]
+                    running.append((window, pool.submit(_fetch, self._plan.native, tiles)))
+                    if len(running) == _WINDOWS:
+                        self._deliver(*running.popleft())
+                while running:
+                    self._deliver(*running.popleft())
+            finally:
+                for _, fetched in running:
+                    fetched.cancel()
+        self._groups.put(None)
+        for _ in range(self._threads):
+            self._ready.put(None)
+
+    def _deliver(self, window: list[_Chunk], fetched: Future[None]) -> None:
+        while True:
+            try:
+                fetched.result(_POLL)
+                break
+            except TimeoutError:
+                self._check()
+        window[-1].closes = True
+        for chunk in window:
+            if chunk.start == 0:
+                self._groups.put(chunk.group)
+            self._ready.put(chunk)
+
+    def _windows(self) -> Iterator[list[_Chunk]]:
+        sizes = self._plan.native.sizes
+        window: list[_Chunk] = []
+        held, limit = 0, _FIRST_WINDOW
+        ends = [*range(self._first, len(self._order), self._batch), len(self._order)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            group = _Group(self._order[start:end])
+            indices = group.indices.tolist()
+            place = 0
+            while place < len(indices):
+                chunk = self._chunk(group, place, indices)
+                place += len(chunk.indices)
+                window.append(chunk)
+                held += sum(max(0, int(sizes[tile.index])) for tile in chunk.own)
+                if held >= limit:
+                    yield window
+                    window, held, limit = [], 0, min(2 * limit, _WINDOW)
+        if window:
+            yield window
+
+    def _chunk(self, group: _Group, start: int, indices: list[int]) -> _Chunk:
+        """The next chunk of a batch."""
+        plan, chunk = self._plan, _Chunk(group, start)
+        for place in range(start, min(start + _CHUNK, len(indices))):
+            if len(chunk.own) >= _CHUNK_NATIVES:
+                break
+            index = indices[place]
+            reduction = plan.reductions[index]
+            (left, top), (right, bottom) = plan.first[index], plan.last[index]
+            uses = self._uses[reduction]
+            needed = []
+            for row in range(top, bottom + 1):
+                for column in range(left, right + 1):
+                    key = row * plan.native.columns + column
+                    tile = self._live.get((key, reduction))
+                    if tile is None:
+                        tile = self._live[key, reduction] = _Native(key)
+                        tile.reduction = reduction
+                        tile.chunk = chunk
+                        tile.uses = int(uses[row, column])
+                        if tile.uses == 1 and plan.whole(index):
+                            tile.place = place
+                        chunk.own.append(tile)
+                    needed.append(tile)
+            chunk.indices.append(index)
+            chunk.needed.append(needed)
+        return chunk
+
+    # --- decoding and cutting ----------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        resample = AreaResampler(self._plan.px)
+        while (chunk := self._take()) is not None:
+            batch = chunk.group.batch
+            assert batch is not None
+            for tile in chunk.own:
+                self._make(tile, batch.tiles)
+            chunk.decoded.set()
+            for place, (index, needed) in enumerate(zip(chunk.indices, chunk.needed, strict=True), chunk.start):
+                for tile in needed:
+                    owner = tile.chunk
+                    if owner is not None and owner is not chunk:
+                        while not owner.decoded.wait(_POLL):
+                            self._check()
+                self._finish(index, place, needed, batch, resample)
+            self._let_go(chunk)
+
+    def _take(self) -> _Chunk | None:
+        with self._taking:
+            chunk = self._get(self._ready)
+            if chunk is None:
+                return None
+            if chunk.closes:
+                self._room.release()
+            group = chunk.group
+            if group.batch is None:
+                buffer = self._get(self._buffers)
+                group.batch = Batch(group.indices, buffer[: len(group.indices)], buffer)
+            return chunk
+
+    def _make(self, tile: _Native, tiles: U8) -> None:
+        if tile.data is None:
+            return
+        out: U8 | None = None
+        if tile.place is not None:
+            out = tiles[tile.place]
+        elif tile.reduction == self._plan.reduction and self._spare:
+            with suppress(IndexError):
+                out = self._spare.pop()
+        tile.pixels = _decode(self._plan.native, tile, tile.reduction, out)
+
+    def _finish(self, index: int, place: int, needed: list[_Native], batch: Batch, resample: AreaResampler) -> None:
+        for tile in needed:
+            if tile.error is not None:
+                batch.unread[place] = Unread(tile.error.reason, self._retry and tile.error.retry)
+                return
+        out = batch.tiles[place]
+        if needed[0].place is not None:
+            if needed[0].pixels is None:
+                out[:] = 255
+            return
+        plan = self._plan
+        (x0, y0), (x1, y1) = plan.low[index], plan.high[index]
+        copied = plan.copied[index]
+        if copied:
+            region = out
+        elif len(needed) == 1 and needed[0].pixels is not None:
+            region = None
+        else:
+            region = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+        wide, high = plan.native.tile_width, plan.native.tile_height
+        if needed[0].reduction > 1:
+            wide, high = wide // needed[0].reduction, high // needed[0].reduction
+        columns = plan.last[index][0] - plan.first[index][0] + 1
+        left, top = plan.first[index][0] * wide, plan.first[index][1] * high
+        for number, tile in enumerate(needed):
+            row, column = divmod(number, columns)
+            x, y = left + column * wide, top + row * high
+            if region is None:
+                assert tile.pixels is not None
+                region = tile.pixels[y0 - y : y1 - y, x0 - x : x1 - x]
+                break
+            xa, ya = max(x0, x), max(y0, y)
+            xb, yb = min(x1, x + wide), min(y1, y + high)
+            region[ya - y0 : yb - y0, xa - x0 : xb - x0] = (
+                255 if tile.pixels is None else tile.pixels[ya - y : yb - y, xa - x : xb - x]
+            )
+        if not copied:
+            assert region is not None
+            (left_at, top_at), (right_at, bottom_at) = plan.start[index], plan.stop[index]
+            resample(region, (left_at - x0, top_at - y0, right_at - x0, bottom_at - y0), out)
+
+    def _let_go(self, chunk: _Chunk) -> None:
+        with self._lock:
+            for needed in chunk.needed:
+                for tile in needed:
+                    tile.uses -= 1
+                    if tile.uses == 0:
+                        del self._live[tile.index, tile.reduction]
+                        tile.chunk = None
+                        own = tile.pixels is not None and tile.place is None
+                        if own and tile.reduction == self._plan.reduction and not self._plan.native.ragged:
+                            self._spare.append(cast(U8, tile.pixels))
+            chunk.group.left -= len(chunk.indices)
+            last = chunk.group.left == 0
+        if last:
+            chunk.group.done.set()
+
+
+# --- the overview ------------------------------------------------------------------------------------------------
+
+
+def _overview(native: NativeLevel, reduction: int, width: int, height: int, threads: int) -> Overview:
+    """Works through rows of native tiles, and each row some thousand pixels at a time."""
+    view = Overview(
+        rgb=np.empty((height, width, 3), np.uint8),
+        scanned=np.zeros((height, width), np.bool_),
+        unreadable=np.zeros((height, width), np.bool_),
+    )
+    across = _Shares(native.width, width, reduction)
+    down = _Shares(native.height, height, reduction)
+    sums, top = np.zeros((0, width, 5), np.float32), 0
+    group = max(1, _OVERVIEW_PIXELS * reduction**2 // (native.tile_width * native.tile_height))
+    with ThreadPoolExecutor(threads, "decode") as pool, ThreadPoolExecutor(1, "fetch") as fetcher:
+        strips = _fetched(native, group, fetcher)
+        for row, y0, y1 in _spans(native.rows, native.tile_height // reduction, down.length, 1):
+            first, rows = down.of(y0, y1)
+            if first + len(rows) > top + len(sums):
+                sums = np.pad(sums, ((0, first + len(rows) - top - len(sums)), (0, 0), (0, 0)))
+            for _, x0, x1 in _spans(native.columns, native.tile_width // reduction, across.length, group):
+                strip = _strip(native, next(strips), reduction, pool)
+                left, columns = across.of(x0, x1)
+                part = strip[: y1 - y0, : x1 - x0].astype(np.float32)
+                part = part if down.same else np.tensordot(rows, part, 1)
+                part = part if across.same else np.einsum("cp,rpn->rcn", columns, part, optimize=True)
+                sums[first - top : first - top + len(rows), left : left + len(columns)] += part
+            done = height if row == native.rows - 1 else down.complete(y1)
+            _settle(view, sums[: done - top], top)
+            sums, top = sums[done - top :], done
+    return view
+
+
+def _spans(tiles: int, size: int, length: int, group: int) -> Iterator[tuple[int, int, int]]:
+    """Tiles in groups: the first of each, and which pixels of `length` the group covers."""
+    for first in range(0, tiles, group):
+        yield first, first * size, min((first + group) * size, length)
+
+
+def _fetched(native: NativeLevel, group: int, fetcher: ThreadPoolExecutor) -> Iterator[list[_Native]]:
+    """All tiles, row by row in groups, fetched in windows of which one is under way while another is worked on."""
+    strips: list[list[_Native]] = []
+    under_way: tuple[list[list[_Native]], Future[None]] | None = None
+    held = 0
+    for row in range(native.rows):
+        for first in range(0, native.columns, group):
+            start, stop = row * native.columns + first, row * native.columns + min(first + group, native.columns)
+            strips.append([_Native(index) for index in range(start, stop)])
+            held += int(np.maximum(native.sizes[start:stop], 0).sum())
+            if held < _WINDOW // 2 and stop < len(native.sizes):
+                continue
+            tiles = [tile for strip in strips for tile in strip]
+            following = strips, fetcher.submit(_fetch, native, tiles)
+            if under_way is not None:
+                under_way[1].result()
+                yield from under_way[0]
+            under_way, strips, held = following, [], 0
+    if under_way is not None:
+        under_way[1].result()
+        yield from under_way[0]
+
+
+def _strip(native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor) -> U8:
+    """Tiles beside each other: (height, width, 5); red, green, blue, whether scanned, whether unreadable."""
+    wide, high = native.tile_width // reduction, native.tile_height // reduction
+    strip = np.zeros((high, wide * len(tiles), 5), np.uint8)
+    strip[..., :3] = 255
+
+    def place(number: int) -> None:
+        pixels = _decode(native, tiles[number], reduction)
+        part = strip[:, number * wide : (number + 1) * wide]
+        if pixels is not None:
+            part[: pixels.shape[0], :, :3] = pixels
+            part[..., 3] = 1
+        elif tiles[number].error is not None:
+            part[..., 4] = 1
+
+    list(pool.map(place, range(len(tiles))))
+    return strip
+
+
+def _settle(view: Overview, sums: npt.NDArray[np.float32], top: int) -> None:
+    rows = slice(top, top + len(sums))
+    view.rgb[rows] = np.minimum(sums[..., :3] + 0.5, 255)
+    view.scanned[rows] = sums[..., 3] >= 0.5
+    view.unreadable[rows] = sums[..., 4] >= 0.5
+
+
+class _Shares:
+    """Along one axis: which share of each overview pixel each reduced pixel of the level makes."""
+
+    def __init__(self, pixels: int, cells: int, reduction: int) -> None:
+        self.length = -(-pixels // reduction)
+        self._scale = pixels / reduction / cells
+        self.same = pixels == cells * reduction
+        self._cells = cells
+
+    def of(self, start: int, stop: int) -> tuple[int, npt.NDArray[np.float32]]:
+        """The first cell that pixels start…stop touch, and the shares (cells, pixels)."""
+        if self.same:
+            return start, np.eye(stop - start, dtype=np.float32)
+        first = min(int((start + 1e-9) / self._scale), self._cells - 1)
+        last = max(min(int(np.ceil((stop - 1e-9) / self._scale)), self._cells), first + 1)
+        edges = np.arange(first, last + 1)[:, None] * self._scale
+        pixels = np.arange(start, stop)[None, :]
+        overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+        return first, (np.clip(overlap, 0, None) / self._scale).astype(np.float32)
+
+    def complete(self, stop: int) -> int:
+        """Cells that no pixel from `stop` on touches."""
+        return min(int((stop + 1e-9) / self._scale), self._cells)

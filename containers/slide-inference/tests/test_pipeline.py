@@ -1,0 +1,89 @@
+"""Slides side by side: what the pipeline does where one slide meets the next, and where a reader fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import packages
+import pytest
+import slides
+from conftest import Job
+
+from slideway_inference.reader import open_slide
+
+BATCH = 8
+
+
+def many(folder: Path, name: str, seed: int) -> Path:
+    image = slides.tissue(slides.glass(1100, 900), 100 + seed, 100, 800, 700)
+    return slides.save(folder / name, image, 0.5)
+
+
+@pytest.fixture
+def counting(job: Job) -> Job:
+    changes = {"tile": {"px": 64, "mpp": 0.5}, "batch": BATCH, "outputs": ["batch", "light"]}
+    job.use_model(packages.model_package(packages.BatchAndLight(), **changes))
+    return job
+
+
+def light(job: Job, slide_id: str, path: Path) -> None:
+    """Every tile has its own slide's answer."""
+    table = job.tiles(slide_id)
+    assert set(table["status"]) == {"ok"}
+    with open_slide(path) as slide:
+        for x, y, value in zip(table["minx"], table["miny"], table["value_light"], strict=True):
+            assert value == pytest.approx(slide.read_region(0, x, y, 64, 64).rgb.mean() / 255, abs=1e-3)
+
+
+def test_the_last_batch_of_a_slide_is_filled_up_with_the_next_slides_tiles(counting: Job, tmp_path: Path) -> None:
+    paths = {f"slide-{number}": many(tmp_path, f"{number}.tiff", number * 7) for number in range(3)}
+    for slide_id, path in paths.items():
+        counting.add(slide_id, path)
+    ended = counting.run()
+    assert ended.code == 0, ended.message + ended.stderr
+    sizes = []
+    for slide_id, path in paths.items():
+        assert counting.marker(slide_id)["slide"]["reader"] == "fast"
+        light(counting, slide_id, path)
+        sizes += counting.tiles(slide_id)["value_batch"]
+    assert len(sizes) / 3 % BATCH, "slides whose tiles fill their batches would show nothing"
+    # Only the last batch of all may be smaller.
+    assert sum(size != BATCH for size in sizes) < BATCH
+
+
+def test_where_the_fast_reader_crashes_the_rest_is_read_from_disk(counting: Job, tmp_path: Path) -> None:
+    path = many(tmp_path, "one.tiff", 0)
+    counting.add("one", path)
+    process = counting.run(wait=False)
+    children = Path(f"/proc/{process.pid}/task")
+    deadline = time.monotonic() + 60
+    while not any(call == "GET" and "one.tiff" in key for call, key in counting.s3.log):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for task in children.iterdir():
+        for child in (task / "children").read_text().split():
+            os.kill(int(child), signal.SIGSEGV)
+    ended = counting.end(process)
+    assert ended.code == 0, ended.message + ended.stderr
+    assert counting.marker("one")["state"] == "INFERRED"
+    assert "openslide" in counting.marker("one")["slide"]["reader"]
+    light(counting, "one", path)
+
+
+def test_a_slide_in_s3_is_read_as_one_on_disk(job: Job, tmp_path: Path) -> None:
+    """The same picture, once as a file that the fast reader knows and once under a name that it leaves alone."""
+    path = many(tmp_path, "same.tiff", 3)
+    copy = tmp_path / "copy.svslide"
+    copy.write_bytes(path.read_bytes())
+    job.add("fast", path)
+    job.add("disk", copy)
+    assert job.run().code == 0
+    assert job.marker("fast")["slide"]["reader"] == "fast"
+    assert job.marker("disk")["slide"]["reader"].startswith("openslide")
+    fast, disk = job.tiles("fast"), job.tiles("disk")
+    assert (fast["minx"], fast["miny"]) == (disk["minx"], disk["miny"])
+    np.testing.assert_allclose(fast["value_haematoxylin_area"], disk["value_haematoxylin_area"], atol=1e-6)

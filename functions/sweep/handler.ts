@@ -1,0 +1,50 @@
+/** Looks for what was forgotten and makes metrics of it; see README.md. */
+import { tmpdir } from 'node:os';
+import { MetricUnit } from '@aws-lambda-powertools/metrics';
+import { DescribeExecutionCommand, ExecutionDoesNotExist, SFNClient } from '@aws-sdk/client-sfn';
+import { z } from 'zod';
+import { sweep } from '../../core/sweep.ts';
+import { environment, handle, metrics, s3Client, stateTable } from '../runtime.ts';
+
+const stepFunctions = new SFNClient({ maxAttempts: 5 });
+const limit = (name: string) => z.coerce.number().positive().parse(environment(name));
+
+const dependencies = {
+  s3: s3Client(),
+  state: stateTable(),
+  landing: environment('LANDING_BUCKET'),
+  silver: environment('SILVER_BUCKET'),
+  limits: {
+    manifestMinutes: limit('MANIFEST_MINUTES'),
+    unnamedHours: limit('UNNAMED_HOURS'),
+    stuckHours: limit('STUCK_HOURS'),
+    runHours: limit('RUN_HOURS'),
+  },
+  isRunning,
+  folder: tmpdir(),
+  now: () => new Date(),
+};
+
+/** The schedule's event says nothing that counts. */
+export const handler = handle(z.unknown(), async () => {
+  const found = await sweep(dependencies);
+  const counts = {
+    SweepStaleManifests: found.staleManifests.count,
+    SweepUnnamedSlides: found.unnamedSlides.count,
+    SweepStuckSlides: found.stuckSlides.count,
+    SweepEndlessRuns: found.endlessRuns.count,
+  };
+  metrics.addMetric('Sweeps', MetricUnit.Count, 1);
+  for (const [name, count] of Object.entries(counts)) metrics.addMetric(name, MetricUnit.Count, count);
+  return { at: found.at, ...counts };
+});
+
+async function isRunning(executionArn: string): Promise<boolean> {
+  try {
+    const { status } = await stepFunctions.send(new DescribeExecutionCommand({ executionArn }));
+    return status === 'RUNNING' || status === 'PENDING_REDRIVE';
+  } catch (error) {
+    if (error instanceof ExecutionDoesNotExist) return false;
+    throw error;
+  }
+}
