@@ -5,11 +5,12 @@ import { parseArgs } from 'node:util';
 import { table } from '../cli/table.ts';
 import { EXIT, Screen, UserError, usageError } from '../cli/terminal.ts';
 import type { Bench, Measured } from './bench.ts';
+import { ingestion } from './ingestion.ts';
 import { localS3 } from './local-s3.ts';
 import { reading } from './reading.ts';
 import { run } from './run.ts';
 
-const BENCHES: Bench[] = [run, reading, localS3];
+const BENCHES: Bench[] = [run, reading, ingestion, localS3];
 
 const HELP = `Measures Slideway on this machine.
 

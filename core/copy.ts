@@ -168,7 +168,8 @@ export async function copyObject(
       }
       if (name === 'BadDigest') throw new ChecksumMismatch(differs(target.key));
       // Somebody, perhaps an earlier attempt of ours, was first under this key, or the source changed under the copy.
-      if (!['PreconditionFailed', 'ConditionalRequestConflict'].includes(name)) throw error;
+      // An upload that is gone may have been completed, and the answer lost.
+      if (!['PreconditionFailed', 'ConditionalRequestConflict', 'NoSuchUpload'].includes(name)) throw error;
       await seeSource(s3, source);
       if (attempt === ATTEMPTS) throw error;
     }

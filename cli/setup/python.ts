@@ -196,12 +196,11 @@ async function requirements(python: string, test: boolean): Promise<string[]> {
 import json, sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 extras = project.get("optional-dependencies", {})
-print(json.dumps({"base": project["dependencies"], "native": extras.get("native", []), "test": extras.get("test", [])}))`;
+runtime = project["dependencies"] + extras["native"] + extras["fast"]
+print(json.dumps({"runtime": runtime, "test": extras["test"]}))`;
   const [line = '{}'] = await command(python, ['-c', script, PYPROJECT]);
-  const lists = z
-    .object({ base: z.array(z.string()), native: z.array(z.string()), test: z.array(z.string()) })
-    .parse(JSON.parse(line));
-  return [...lists.base, ...lists.native, ...(test ? [...lists.test, '-r', TEST_REQUIREMENTS] : [])];
+  const lists = z.object({ runtime: z.array(z.string()), test: z.array(z.string()) }).parse(JSON.parse(line));
+  return [...lists.runtime, ...(test ? [...lists.test, '-r', TEST_REQUIREMENTS] : [])];
 }
 
 /** Installs with pip; answers why not, where the index has not what is needed. */

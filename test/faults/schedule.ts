@@ -25,6 +25,11 @@ interface Telling {
   recorded: boolean;
 }
 
+interface Manifest {
+  key: string;
+  versionId?: string;
+}
+
 type Deed = () => Promise<unknown>;
 
 export class Schedule implements Director {
@@ -292,18 +297,21 @@ export class Schedule implements Director {
 
   #invocation(functionName: string, payload: unknown): Invocation {
     const { run, event, executionArn } = payload as {
-      run?: { manifest: { versionId?: string; key: string } };
-      event?: { detail?: { object: { 'version-id': string } } };
+      run?: { manifest: Manifest };
+      event?: { detail?: { object: { 'version-id': string } }; followUp?: { manifest: Manifest } };
       executionArn?: string;
     };
-    const version = run?.manifest.versionId ?? event?.detail?.object['version-id'] ?? '';
+    const { key = '', versionId } = run?.manifest ?? event?.followUp?.manifest ?? {};
+    const version = versionId ?? event?.detail?.object['version-id'] ?? '';
     // By the order of their events: an event may be here before the answer to what caused it.
     const nth = [...this.#events.keys()].indexOf(version);
-    const origin = `${nth < 0 ? 'follow-up' : `manifest ${nth + 1}`}${executionArn?.replace(/^.*-e/, ' e') ?? ''}`;
+    const followUp = /\/follow-ups\/([^/]+)\//.exec(key)?.[1] ?? '';
+    const execution = event?.detail ? (/-e\d+$/.exec(executionArn ?? '')?.[0] ?? '') : '';
+    const origin = nth < 0 ? followUp : `manifest ${nth + 1}${execution}`;
     const subject = subjectOf(payload);
-    const key = `${functionName}|${subject}|${origin}`;
-    const attempt = this.#attempts.get(key) ?? 0;
-    this.#attempts.set(key, attempt + 1);
+    const work = `${functionName}|${subject}|${origin}`;
+    const attempt = this.#attempts.get(work) ?? 0;
+    this.#attempts.set(work, attempt + 1);
     return { functionName, subject, origin, attempt };
   }
 

@@ -343,3 +343,36 @@ describe('roles', () => {
     expect(readFileSync(join(folder, 'iam.json'), 'utf8')).toMatch(/^\{"secret":"[0-9a-f]{64}"\}$/);
   });
 });
+
+describe('write-once buckets', () => {
+  const bucket = 'arn:aws:s3:::bronze';
+  const writes = (condition: object, context: Record<string, string>) => {
+    const iam = iamWith({ worker: [allow('s3:PutObject', `${bucket}/*`)] });
+    iam.setResourcePolicy(bucket, {
+      Statement: [{ ...deny('s3:PutObject', `${bucket}/*`), Principal: '*', Condition: condition }],
+    });
+    try {
+      iam.caller(ARN).authorize('s3:PutObject', `${bucket}/x`, context);
+      return true;
+    } catch {
+      return false;
+    }
+  };
+  const creates = { 's3:objectcreationoperation': 'true' };
+  const onceOnly = {
+    Bool: { 's3:ObjectCreationOperation': 'true' },
+    Null: { 's3:if-none-match': 'true' },
+  };
+  const orSeen = { ...onceOnly, Null: { 's3:if-none-match': 'true', 's3:if-match': 'true' } };
+
+  it.each([
+    ['a write without a condition is refused', onceOnly, creates, false],
+    ['If-None-Match passes', onceOnly, { ...creates, 's3:if-none-match': '*' }, true],
+    ['If-Match does not', onceOnly, { ...creates, 's3:if-match': 'e' }, false],
+    ['a part of an upload passes', onceOnly, { 's3:objectcreationoperation': 'false' }, true],
+    ['either passes where both are allowed', orSeen, { ...creates, 's3:if-match': 'e' }, true],
+    ['neither is refused there too', orSeen, creates, false],
+  ])('%s', (_, condition, context, allowed) => {
+    expect(writes(condition, context)).toBe(allowed);
+  });
+});

@@ -141,7 +141,7 @@ describe('what the local AWS does not do is refused by name', () => {
     refuses({ Resources: { It: { ...bucket, [attribute]: 'x' } } }, attribute, 'It');
   });
 
-  it.each(['AWS::EC2::Instance', 'AWS::SQS::Queue', 'AWS::Lambda::EventSourceMapping', 'Custom::Thing'])(
+  it.each(['AWS::EC2::Instance', 'AWS::Kinesis::Stream', 'AWS::Lambda::EventSourceMapping', 'Custom::Thing'])(
     'resource type %s',
     (type) => {
       refuses(one(type, {}), type, 'It');

@@ -7,7 +7,7 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'no
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
-import { venvFolder } from '../../cli/paths.ts';
+import { venvFolder, venvPython } from '../../cli/paths.ts';
 import { packageFolder } from '../../cli/setup/package.ts';
 import { loadPackage } from '../../local/template.ts';
 import { projectPython } from '../support/python.ts';
@@ -18,6 +18,13 @@ const TEMPLATE = join(FOLDER, 'cloudformation-template-update-stack.json');
 
 const CFN_LINT = join(venvFolder(), 'bin', 'cfn-lint');
 export const hasCfnLint = existsSync(CFN_LINT);
+
+/** Debian's botocore is older than the instances that jobs run on; requests are not held to it. */
+export const hasCurrentServiceModel =
+  spawnSync(venvPython(venvFolder()), [
+    '-c',
+    'import botocore; assert int(botocore.__version__.split(".")[1]) >= 34',
+  ]).status === 0;
 
 /** The template as CloudFormation gets it. */
 export function template(): Template {
