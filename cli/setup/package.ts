@@ -6,6 +6,8 @@ import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { mkdir, rename, rm, writeFile } from 'node:fs/promises';
 import { delimiter, join, relative } from 'node:path';
+import { setTimeout as wait } from 'node:timers/promises';
+import { FolderLocked, lock } from '../../local/lock.ts';
 import { BUILD, PROJECT } from '../paths.ts';
 import { type Screen, UserError } from '../terminal.ts';
 import { CommandFailed, command } from './command.ts';
@@ -70,10 +72,11 @@ export async function ensurePackage(screen: Screen, stage: string): Promise<stri
   if (!existsSync(join(PROJECT, 'config', `${stage}.yml`))) {
     throw new UserError(`There is no stage \`${stage}\`: config/${stage}.yml does not exist.`);
   }
+  const release = await alone();
   const sources = hashOf(PROJECT, SOURCES);
   const made = `${folder}.${process.pid}`;
   try {
-    await mkdir(BUILD, { recursive: true });
+    if (isPackaged(stage)) return folder;
     await screen.task(`Packaging the deployment (stage ${stage})`, async () => {
       const bin = join(PROJECT, 'node_modules', '.bin');
       await command(
@@ -102,6 +105,20 @@ export async function ensurePackage(screen: Screen, stage: string): Promise<stri
     });
   } finally {
     await rm(made, { recursive: true, force: true });
+    release();
   }
   return folder;
+}
+
+/** Waits until no other process packages: the framework's plugins build in folders of fixed names. */
+async function alone(): Promise<() => void> {
+  await mkdir(BUILD, { recursive: true });
+  for (;;) {
+    try {
+      return lock(join(BUILD, 'packaging'));
+    } catch (error) {
+      if (!(error instanceof FolderLocked)) throw error;
+      await wait(500);
+    }
+  }
 }

@@ -5,6 +5,7 @@
  *   SLIDEWAY_FAULT_SEED=4711 vitest run test/faults          that one, with its story
  */
 import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -77,10 +78,16 @@ describe.runIf(only !== undefined)(`seed ${only}`, () => {
 async function played(first: number, step: number, last: number): Promise<Line[]> {
   const args = [first, step, last].map(String);
   const child = spawn(process.execPath, [join(import.meta.dirname, 'player.ts'), ...args], {
-    stdio: ['ignore', 'pipe', 'inherit'],
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
+  let said = '';
+  child.stderr.on('data', (chunk) => {
+    said += chunk;
   });
   const lines: Line[] = [];
   for await (const line of createInterface({ input: child.stdout })) lines.push(JSON.parse(line) as Line);
+  if (child.exitCode === null) await once(child, 'exit');
+  expect(child.exitCode, `after seeds ${lines.map(({ seed }) => seed).join(' ')}:\n${said}`).toBe(0);
   return lines;
 }
 

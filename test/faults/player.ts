@@ -17,18 +17,23 @@ export interface Line {
 
 /** Schedules wait for timers now and then; so many are played side by side. */
 const AT_ONCE = 3;
+/** A world has so many of them, then it makes room for another. */
+const IN_A_WORLD = 60;
 
 const [first = 1, step = 1, last = first] = process.argv.slice(2).map(Number);
-const world = await World.open(MODELS);
-let next = first;
-async function player(): Promise<void> {
-  while (next <= last) {
-    const seed = next;
-    next += step;
+const seeds: number[] = [];
+for (let seed = first; seed <= last; seed += step) seeds.push(seed);
+while (seeds.length > 0) {
+  const world = await World.open(MODELS);
+  const some = seeds.splice(0, IN_A_WORLD);
+  await Promise.all(Array.from({ length: AT_ONCE }, () => playAll(some, world)));
+  await world.close();
+}
+
+async function playAll(some: number[], world: World): Promise<void> {
+  for (let seed = some.shift(); seed !== undefined; seed = some.shift()) {
     const { schedule, broken } = await play(seed, world);
     const line: Line = { seed, faults: Object.fromEntries(schedule.faults), broken };
     process.stdout.write(`${JSON.stringify(line)}\n`);
   }
 }
-await Promise.all(Array.from({ length: AT_ONCE }, player));
-await world.close();

@@ -4,12 +4,13 @@
  */
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { join, resolve } from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { DeleteTableCommand, DynamoDBClient } from '@aws-sdk/client-dynamodb';
 import { PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
 import { DynamoDBDocumentClient } from '@aws-sdk/lib-dynamodb';
 import { pack } from 'tar-stream';
+import { packageFolder } from '../../cli/setup/package.ts';
 import type { Model } from '../../core/contracts.ts';
 import { modelKey } from '../../core/keys.ts';
 import { DynamoDb } from '../../local/dynamodb.ts';
@@ -18,9 +19,9 @@ import { topicArn } from '../../local/resources.ts';
 import { type ObjectCreated, S3Service } from '../../local/s3/service.ts';
 import { type Message, Sns } from '../../local/sns.ts';
 import { StepFunctions } from '../../local/stepfunctions/service.ts';
+import { loadPackage } from '../../local/template.ts';
 import { type JsonOperation, LOCAL_ACCOUNT, LOCAL_REGION } from '../../local/types.ts';
 import { CREDENTIALS } from '../support/services.ts';
-import { definition } from '../template/packaged.ts';
 import { Container, type Fates } from './container.ts';
 import type { Place } from './functions.ts';
 
@@ -225,6 +226,14 @@ export class World {
 }
 
 const CALLER = { arn: `arn:aws:iam::${LOCAL_ACCOUNT}:root`, authorize: () => {} };
+
+/** The state machine as it was packaged; SLIDEWAY_PACKAGE names another package's folder. */
+function definition(): unknown {
+  const { resources } = loadPackage(resolve(process.env.SLIDEWAY_PACKAGE || packageFolder('dev')));
+  for (const { type, properties } of resources)
+    if (type === 'AWS::StepFunctions::StateMachine') return JSON.parse(properties.DefinitionString ?? '');
+  throw new Error('The package has no state machine.');
+}
 
 async function packageOf(model: Model): Promise<Buffer> {
   const archive = pack();
