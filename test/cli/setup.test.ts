@@ -124,7 +124,7 @@ describe('The Python environment', () => {
   it('leaves nothing behind when no package can be had, and says what to do', async () => {
     const bin = join(folder, 'bin');
     // A Python that makes environments, but whose pip reaches nothing, as does apt.
-    const fake = `case "$*" in *version_info*) echo 3.13;; *"-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";; *tomllib*) echo '{"base":["numpy"],"native":[],"test":[]}';; *) echo "ERROR: No matching distribution found for pillow"; exit 1;; esac`;
+    const fake = `case "$*" in *version_info*) echo 3.13;; *"-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";; *tomllib*) echo '{"runtime":["numpy"],"test":[]}';; *) echo "ERROR: No matching distribution found for pillow"; exit 1;; esac`;
     program(bin, 'python', fake);
     program(bin, 'dpkg-query', 'exit 1');
     program(bin, 'apt-get', 'echo "E: Unable to locate package python3-torch"; exit 100');
