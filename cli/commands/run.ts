@@ -259,7 +259,9 @@ async function findRun(
   versionId: string | undefined,
 ): Promise<RunItem | undefined> {
   const runs = await listRuns(deployment);
-  return runs.find((item) => item.study === study && item.manifest.versionId === versionId);
+  const found = runs.find((item) => item.study === study && item.manifest.versionId === versionId);
+  // The index may be ahead of the table: a run that was being claimed when the machine stopped is claimed again.
+  return found && (await deployment.state.run(found.runId));
 }
 
 /** Waits for the run that a manifest's event starts. */
