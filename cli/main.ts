@@ -23,6 +23,7 @@ interface DeadLetters {
 }
 
 const STATE = 'folder of the local AWS (default: .slideway in the project, or $SLIDEWAY_STATE)';
+const AWS = 'work with the stack of the stage on AWS, with your AWS settings, in place of the local AWS';
 const OUT = 'folder for the results (default: slideway-results/<run id>)';
 
 export function positiveInteger(text: string): number {
@@ -133,6 +134,7 @@ Example:
     .option('--state <folder>', STATE)
     .option('--study <name>', "the study's name (default: the folder's)")
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--new', 'run again, although nothing has changed')
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
@@ -157,6 +159,7 @@ Examples:
     .description('list what has run')
     .option('--state <folder>', STATE)
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .addHelpText('after', '\nExample:\n  slideway runs --json | jq -r .[].runId')
     .action(async (options: ShowOptions) => {
@@ -170,6 +173,7 @@ Examples:
     .argument('<run id>', 'or the beginning of it')
     .option('--state <folder>', STATE)
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .addHelpText('after', '\nExample:\n  slideway show demo-1f')
     .action(async (id: string, options: ShowOptions) => {
@@ -183,6 +187,7 @@ Examples:
     .argument('<what>', 'key in Silver, slide id, or run id')
     .option('--state <folder>', STATE)
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .addHelpText(
       'after',
@@ -201,6 +206,7 @@ Examples:
     .option('--anchor <date>', 'hold the record against the anchor of this day (default: the newest)')
     .option('--state <folder>', STATE)
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
     .addHelpText(
@@ -219,6 +225,7 @@ Examples:
     .option('--stuck-after <hours>', 'a slide that has not moved for so long is stuck', positiveInteger, 24)
     .option('--state <folder>', STATE)
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
     .addHelpText(
@@ -242,6 +249,7 @@ Examples:
     .option('--out <folder>', OUT)
     .option('--state <folder>', STATE)
     .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
     .addHelpText(

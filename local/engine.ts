@@ -6,6 +6,7 @@ import { randomUUID } from 'node:crypto';
 import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { z } from 'zod';
+import { CloudFormation } from './cloudformation.ts';
 import { DynamoDb } from './dynamodb.ts';
 import { Events } from './events.ts';
 import { Gateway, type RequestCounts } from './gateway.ts';
@@ -260,6 +261,10 @@ class Engine {
           service: seenBy(sageMaker, (caller) => iam.passingTo('sagemaker.amazonaws.com', caller)),
         },
         logs: { protocol: 'json', service: logs },
+        cloudformation: {
+          protocol: 'query-body',
+          service: new CloudFormation({ stackName: stack.name, outputs: stack.outputs }),
+        },
         secretsmanager: { protocol: 'json', service: new Secrets({ folder: folder('secrets') }) },
       },
     });

@@ -14,15 +14,12 @@ import {
   ReceiveMessageCommand,
 } from '@aws-sdk/client-sqs';
 import { z } from 'zod';
-import { type Deployment, openDeployment } from '../deployment.ts';
-import { stateFolder } from '../paths.ts';
+import { type Deployment, openDeployment, type Place, placeOf } from '../deployment.ts';
 import { EXIT, plural, type Screen } from '../terminal.ts';
 import type { Streams } from './run.ts';
 
-export interface DeadLetterOptions {
+export interface DeadLetterOptions extends Place {
   list?: boolean;
-  state?: string;
-  stage: string;
   json?: boolean;
 }
 
@@ -52,10 +49,7 @@ export async function deadLetters(
   { screen, answer }: Streams,
   signal: AbortSignal,
 ): Promise<number> {
-  const deployment = await openDeployment(screen, {
-    folder: stateFolder(options.state),
-    stage: options.stage,
-  });
+  const deployment = await openDeployment(screen, placeOf(options));
   try {
     const held = await receiveAll(deployment);
     const letters = held.map(({ letter }) => letter);
@@ -205,12 +199,12 @@ async function deliver(
 
 /** Waits for what was started, where the local AWS would stop with this command. */
 async function ended(
-  { stepFunctions, elsewhere }: Deployment,
+  { stepFunctions, at }: Deployment,
   executions: string[],
   screen: Screen,
   signal: AbortSignal,
 ): Promise<void> {
-  if (elsewhere !== undefined || executions.length === 0) return;
+  if (at !== 'here' || executions.length === 0) return;
   await screen.task(`Waiting for ${plural(executions.length, 'execution')}`, async () => {
     for (const executionArn of executions) {
       for (;;) {

@@ -15,21 +15,18 @@ import {
   writeFollowUp,
 } from '../../core/follow-up.ts';
 import { followUpKey } from '../../core/keys.ts';
-import { type Deployment, openDeployment } from '../deployment.ts';
+import { type Deployment, openDeployment, type Place, placeOf } from '../deployment.ts';
 import { modelFor } from '../models.ts';
-import { stateFolder } from '../paths.ts';
 import { EXIT, plural, UserError, usageError } from '../terminal.ts';
 import { listRuns, readPlanned } from '../watch.ts';
 import { farewell, finish, follow, type Streams, whenStarted } from './run.ts';
 import { pick } from './show.ts';
 
-export interface ReplayOptions {
+export interface ReplayOptions extends Place {
   failed?: boolean;
   slide?: string;
   model?: string;
   out?: string;
-  state?: string;
-  stage: string;
   json?: boolean;
 }
 
@@ -44,10 +41,7 @@ export async function replay(
   signal: AbortSignal,
 ): Promise<number> {
   const { screen } = streams;
-  const deployment = await openDeployment(screen, {
-    folder: stateFolder(options.state),
-    stage: options.stage,
-  });
+  const deployment = await openDeployment(screen, placeOf(options));
   let runId: string | undefined;
   try {
     const first = pick(await listRuns(deployment), id);

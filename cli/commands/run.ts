@@ -11,10 +11,9 @@ import { ManifestInvalid } from '../../core/errors.ts';
 import { messageKey, runJsonKey } from '../../core/keys.ts';
 import { readJson } from '../../core/store.ts';
 import { attachLocalAws } from '../../local/engine.ts';
-import { type Deployment, openDeployment } from '../deployment.ts';
+import { type Deployment, openDeployment, type Place, placeOf } from '../deployment.ts';
 import { findSlides, makeManifest, withModel } from '../manifest.ts';
 import { ModelVersionTaken, modelFor, registerModel } from '../models.ts';
-import { stateFolder } from '../paths.ts';
 import { block, Teller } from '../progress.ts';
 import { download, readAnswers, resultsTable } from '../results.ts';
 import { bytes, duration, EXIT, plural, type Screen, UserError, usageError } from '../terminal.ts';
@@ -30,12 +29,10 @@ import {
 } from '../upload.ts';
 import { listRuns, RunWatch } from '../watch.ts';
 
-export interface RunOptions {
+export interface RunOptions extends Place {
   model?: string;
   out?: string;
-  state?: string;
   study?: string;
-  stage: string;
   new?: boolean;
   json?: boolean;
 }
@@ -76,12 +73,12 @@ export async function run(
         'To give µm per pixel (mpp), stain, ids or models, put your own repo.csv there.',
     );
   }
-  const place = { folder: stateFolder(options.state), stage: options.stage };
+  const place = placeOf(options);
   let again = options;
   for (;;) {
     const deployment = await openDeployment(screen, place);
-    if (deployment.elsewhere !== undefined) {
-      screen.print(screen.paint('dim', `Using the local AWS that process ${deployment.elsewhere} runs.`));
+    if (typeof deployment.at === 'object') {
+      screen.print(screen.paint('dim', `Using the local AWS that process ${deployment.at.pid} runs.`));
     }
     let runId: string | undefined;
     try {
@@ -107,13 +104,13 @@ export async function run(
 }
 
 /** Whether the local AWS of another process is no longer there. */
-const hasGone = ({ elsewhere }: Deployment, folder: string): boolean =>
-  elsewhere !== undefined && attachLocalAws(folder)?.pid !== elsewhere;
+const hasGone = ({ at }: Deployment, folder: string): boolean =>
+  typeof at === 'object' && attachLocalAws(folder)?.pid !== at.pid;
 
-export const farewell = ({ elsewhere }: Deployment, runId: string | undefined): string =>
-  elsewhere === undefined
+export const farewell = ({ at }: Deployment, runId: string | undefined): string =>
+  at === 'here'
     ? `Stopped${runId ? ` in run ${runId}` : ''}. The same command goes on from here.`
-    : `Process ${elsewhere} goes on with the run; the same command shows it again.`;
+    : `${at === 'aws' ? 'AWS' : `Process ${at.pid}`} goes on with the run; the same command shows it again.`;
 
 /** Puts the reference model into the register, once. */
 async function registerReference({ s3, outputs, model }: Deployment, screen: Screen): Promise<void> {

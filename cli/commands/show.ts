@@ -3,17 +3,14 @@ import type { JobItem, RunItem, RunSummary, SlideState } from '../../core/contra
 import { runJsonKey } from '../../core/keys.ts';
 import { IN_WORDS } from '../../core/notification.ts';
 import { readJson } from '../../core/store.ts';
-import { type Deployment, openForReading } from '../deployment.ts';
-import { stateFolder } from '../paths.ts';
+import { type Deployment, openForReading, type Place, placeOf } from '../deployment.ts';
 import { readAnswers, resultsTable } from '../results.ts';
 import { table } from '../table.ts';
 import { duration, EXIT, type Paint, plural, usageError } from '../terminal.ts';
 import { listRuns } from '../watch.ts';
 import type { Streams } from './run.ts';
 
-export interface ShowOptions {
-  state?: string;
-  stage: string;
+export interface ShowOptions extends Place {
   json?: boolean;
 }
 
@@ -23,10 +20,7 @@ export async function reading<T>(
   { screen }: Streams,
   work: (deployment: Deployment | undefined) => Promise<T>,
 ): Promise<T> {
-  const deployment = await openForReading(screen, {
-    folder: stateFolder(options.state),
-    stage: options.stage,
-  });
+  const deployment = await openForReading(screen, placeOf(options));
   try {
     return await work(deployment);
   } finally {
