@@ -11,8 +11,17 @@ export interface LandingObject {
   modified?: number;
 }
 
+/** Bytes of the record of one slide: an item of DynamoDB has 400 KB, and some of it is for the rest. */
+const RECORD_BYTES = 350_000;
+/** On record of each file, beside its path: buckets, versions, checksums. */
+const FILE_BYTES = 160;
+/** The slide's id and name in Bronze, as they mostly are. */
+const NAME_BYTES = 60;
+
 interface Folder {
   files: number;
+  /** Bytes of their paths. */
+  names: number;
   size: number;
   dicom: boolean;
   /** When its newest file came. */
@@ -38,8 +47,9 @@ export class LandingListing {
       this.#objects.set(path, { size, etag });
       for (let slash = path.indexOf('/'); slash !== -1; slash = path.indexOf('/', slash + 1)) {
         const name = path.slice(0, slash + 1);
-        const folder = this.#folders.get(name) ?? { files: 0, size: 0, dicom: false, newest: 0 };
+        const folder = this.#folders.get(name) ?? { files: 0, names: 0, size: 0, dicom: false, newest: 0 };
         folder.files += 1;
+        folder.names += Buffer.byteLength(path);
         folder.size += size;
         folder.newest = Math.max(folder.newest, modified);
         folder.dicom ||= /\.dcm$/i.test(path);
@@ -84,6 +94,7 @@ export class LandingListing {
       );
     }
     if (folder.newest > this.#quietSince) return stillArriving(path);
+    if (this.#isTooMuch(folder)) return tooMany(path, folder.files + 1);
     return {
       bucket,
       kind: companion.kind,
@@ -99,6 +110,7 @@ export class LandingListing {
     const folder = this.#folders.get(`${path}/`);
     if (folder?.dicom) {
       if (folder.newest > this.#quietSince) return stillArriving(path);
+      if (this.#isTooMuch(folder)) return tooMany(path, folder.files);
       const key = `${this.study}/${path}/`;
       return { bucket: this.bucket, kind: 'dicom', key, folder: key, files: folder.files, size: folder.size };
     }
@@ -116,6 +128,12 @@ export class LandingListing {
     );
   }
 
+  /** Whether a slide's files, each as it lies in Landing and in Bronze, are too many for one record. */
+  #isTooMuch({ files, names }: Folder): boolean {
+    const folders = 2 * Buffer.byteLength(this.study) + NAME_BYTES;
+    return 2 * (names + files * (folders + FILE_BYTES)) > RECORD_BYTES;
+  }
+
   /** A path that differs in letter case or in the way its accents are encoded only. */
   #likeNamed(path: string): string | undefined {
     const fold = (text: string) => text.normalize('NFC').toLowerCase();
@@ -131,6 +149,12 @@ const missing = (error: string, message: string) => ({
 
 const stillArriving = (path: string) =>
   missing('SlideArriving', `${path} has files that came only just now; it is taken in when no more come.`);
+
+const tooMany = (path: string, files: number) =>
+  quarantine(
+    'SlideTooManyFiles',
+    `${path} has ${files} files, more than the record of one slide holds (about 500). Convert it to one file, or leave out of its folder what is not the slide.`,
+  );
 
 const quarantine = (error: string, message: string) => ({
   state: 'QUARANTINED' as const,

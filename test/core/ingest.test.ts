@@ -126,6 +126,33 @@ describe('a slide is taken in', () => {
   });
 });
 
+describe('a slide of very many files', () => {
+  const folder = async (name: string, files: number) => {
+    for (let from = 0; from < files; from += 50)
+      await Promise.all(
+        Array.from({ length: Math.min(50, files - from) }, (_, i) =>
+          put(`${name}/1.2.840.113619.2.55.3.604688119.${1_000_000 + from + i}.dcm`, 'x'),
+        ),
+      );
+  };
+
+  it('is on record with all of them', { timeout: 60_000 }, async () => {
+    await folder('many', 500);
+    const slide = await only('slide,slide_id\nmany,many\n');
+    expect(await ingest(slide)).toMatchObject({ state: 'INGESTED' });
+    const { bronze } = (await services.state.slide(run.runId, 'many')) ?? {};
+    expect(bronze?.files).toHaveLength(500);
+  });
+
+  it('is set aside where they are more than a record holds', { timeout: 60_000 }, async () => {
+    await folder('too-many', 700);
+    expect(await only('slide,slide_id\ntoo-many,too-many\n')).toMatchObject({
+      state: 'QUARANTINED',
+      reason: { error: 'SlideTooManyFiles', message: expect.stringContaining('700 files') },
+    });
+  });
+});
+
 describe('a slide is set aside with its reason', () => {
   it('when its file changed after the plan', async () => {
     await put('late.svs', 'half');
