@@ -23,6 +23,7 @@ interface DeadLetters {
 }
 
 const STATE = 'folder of the local AWS (default: .slideway in the project, or $SLIDEWAY_STATE)';
+const STAGE = 'stage whose settings are used';
 const AWS = 'work with the stack of the stage on AWS, with your AWS settings, in place of the local AWS';
 const OUT = 'folder for the results (default: slideway-results/<run id>)';
 
@@ -115,7 +116,7 @@ Example:
     .option('--size <WxH>', 'their size in pixels, at 0.5 µm each', pixelSize, '8192x6144')
     .option('--out <folder>', OUT)
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--new', 'run again, although nothing has changed')
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
@@ -133,7 +134,7 @@ Example:
     .option('--out <folder>', OUT)
     .option('--state <folder>', STATE)
     .option('--study <name>', "the study's name (default: the folder's)")
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--new', 'run again, although nothing has changed')
     .option('--json', 'answer with JSON')
@@ -158,7 +159,7 @@ Examples:
     .command('runs')
     .description('list what has run')
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .addHelpText('after', '\nExample:\n  slideway runs --json | jq -r .[].runId')
@@ -172,7 +173,7 @@ Examples:
     .description('show a run: slides with state, reason and what to do, jobs, cost')
     .argument('<run id>', 'or the beginning of it')
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .addHelpText('after', '\nExample:\n  slideway show demo-1f')
@@ -186,7 +187,7 @@ Examples:
     .description('trace a result back to Landing: bytes, versions, parameters, digests, who and when')
     .argument('<what>', 'key in Silver, slide id, or run id')
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .addHelpText(
@@ -205,7 +206,7 @@ Examples:
     .option('--all', 'everything')
     .option('--anchor <date>', 'hold the record against the anchor of this day (default: the newest)')
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
@@ -224,7 +225,7 @@ Examples:
     .argument('<study>')
     .option('--stuck-after <hours>', 'a slide that has not moved for so long is stuck', positiveInteger, 24)
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
@@ -248,7 +249,7 @@ Examples:
     .option('--list', 'of the dead letters: only show them')
     .option('--out <folder>', OUT)
     .option('--state <folder>', STATE)
-    .option('--stage <stage>', 'stage whose settings are used', 'dev')
+    .option('--stage <stage>', STAGE, 'dev')
     .option('--aws', AWS)
     .option('--json', 'answer with JSON')
     .option('--quiet', 'no progress')
@@ -289,6 +290,12 @@ export function tell(error: unknown, screen: Screen): number {
 }
 
 async function main(): Promise<void> {
+  // Whoever reads the output may have read enough (`| head`); the work itself goes on to its end.
+  for (const stream of [process.stdout, process.stderr]) {
+    stream.on('error', (error: NodeJS.ErrnoException) => {
+      if (error.code !== 'EPIPE') throw error;
+    });
+  }
   const stop = new AbortController();
   let code: number = EXIT.succeeded;
   const session: Session = {

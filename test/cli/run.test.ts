@@ -207,6 +207,18 @@ describe.skipIf(!readyPython())('With the local AWS', () => {
     expect((await slideway(['show', 'missing'])).code).toBe(2);
   });
 
+  it('an answer that nobody reads to its end does no harm', { timeout: 60_000 }, async () => {
+    const env = { ...process.env, SLIDEWAY_STATE: join(folder, 'state') };
+    const child = spawn(process.execPath, [join(PROJECT, 'cli', 'main.ts'), 'runs'], { env, cwd: folder });
+    child.stdout.destroy();
+    const [said, code] = await Promise.all([
+      buffer(child.stderr),
+      new Promise((resolve) => child.on('close', resolve)),
+    ]);
+    expect(said.toString()).toBe('');
+    expect(code).toBe(0);
+  });
+
   it('Ctrl-C stops in order and says how to go on', async () => {
     const path = study('stopped', { 'repo.csv': 'slide\ngone.svs\n' });
     let sent = false;
