@@ -9,8 +9,9 @@ import { ingestion } from './ingestion.ts';
 import { localS3 } from './local-s3.ts';
 import { reading } from './reading.ts';
 import { run } from './run.ts';
+import { tiling } from './tiling.ts';
 
-const BENCHES: Bench[] = [run, reading, ingestion, localS3];
+const BENCHES: Bench[] = [run, reading, tiling, ingestion, localS3];
 
 const HELP = `Measures Slideway on this machine.
 

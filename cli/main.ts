@@ -11,6 +11,7 @@ import type { RunOptions, Streams } from './commands/run.ts';
 import type { SetupOptions } from './commands/setup.ts';
 import type { ShowOptions } from './commands/show.ts';
 import type { VerifyOptions } from './commands/verify.ts';
+import { addModelCommands } from './model-options.ts';
 import { projectVersion } from './paths.ts';
 import { EXIT, Screen, UserError, usageError } from './terminal.ts';
 
@@ -71,6 +72,8 @@ export function program(session: Session): Command {
   const command = new Command('slideway')
     .description('Whole-slide images through AI models to slide-level results, on this machine as on AWS.')
     .version(projectVersion(), '--version')
+    // A command's own --version is its own.
+    .enablePositionalOptions()
     .showHelpAfterError('(--help tells more)')
     .exitOverride()
     .addHelpText(
@@ -80,6 +83,7 @@ Examples:
   slideway demo                           try it with drawn slides
   slideway run /data/breast-2026          a folder of slides, with or without a repo.csv
   slideway run /data/breast-2026 --model my-model.tar.gz
+  slideway model build my-model.pt --help   your own model, packed
   slideway runs                           what has run
   slideway show breast-2026-1f              one run, by the beginning of its id
 
@@ -277,6 +281,7 @@ Examples:
         }
       },
     );
+  addModelCommands(command, { signal, end, streams, texts: { state: STATE, stage: STAGE, aws: AWS } });
   return command;
 }
 

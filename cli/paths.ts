@@ -1,6 +1,6 @@
 /** Where things lie in the project and on this machine. */
 import { readFileSync } from 'node:fs';
-import { join, resolve } from 'node:path';
+import { join, relative, resolve } from 'node:path';
 
 export const PROJECT = resolve(import.meta.dirname, '..');
 export const CONTAINER = join(PROJECT, 'containers', 'slide-inference');
@@ -18,4 +18,10 @@ export const stateFolder = (given?: string, env: NodeJS.ProcessEnv = process.env
 export function projectVersion(): string {
   const { version } = JSON.parse(readFileSync(join(PROJECT, 'package.json'), 'utf8')) as { version: string };
   return version;
+}
+
+/** A path as a person would type it here. */
+export function shortPath(path: string): string {
+  const short = relative(process.cwd(), path);
+  return short !== '' && !short.startsWith('..') ? short : path;
 }

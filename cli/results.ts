@@ -5,11 +5,12 @@ import { dirname, join, resolve, sep } from 'node:path';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { GetObjectCommand, paginateListObjectsV2 } from '@aws-sdk/client-s3';
+import { splitColumn } from '../core/aggregate.ts';
 import { forEachConcurrently } from '../core/concurrency.ts';
 import type { Aggregate, Plan, RunItem, SlideItem } from '../core/contracts.ts';
 import { reportPrefix, resultsCsvKey, runJsonKey, runPrefix, slidesPrefix } from '../core/keys.ts';
 import { IN_WORDS } from '../core/notification.ts';
-import { isProblem, outputColumns, type SlideRow, slideRow } from '../core/results.ts';
+import { isProblem, outputColumns, type SlideRow, slideRow, withoutWaiting } from '../core/results.ts';
 import type { Deployment } from './deployment.ts';
 import { type Column, type Row, table, tableWidth } from './table.ts';
 import { type Paint, UserError } from './terminal.ts';
@@ -86,7 +87,9 @@ export async function readAnswers(deployment: Deployment, run: RunItem): Promise
   const plan = await readPlan(deployment, run.runId);
   const items = new Map<string, SlideItem>();
   for await (const item of deployment.state.slides(run.runId)) items.set(item.slideId, item);
-  const rows = (await readPlanned(deployment, run.runId)).map((planned) => {
+  const broken = run.state !== 'RUNNING' && run.plannedAt === undefined;
+  const rows = (await readPlanned(deployment, run.runId)).map((line) => {
+    const planned = broken ? withoutWaiting(line) : line;
     const item = items.get(planned.slideId);
     const row = slideRow(planned, item);
     // A slide that is under way is unfinished only once the run has ended.
@@ -96,12 +99,17 @@ export async function readAnswers(deployment: Deployment, run: RunItem): Promise
   return { rows, models: plan?.models ?? [] };
 }
 
-/** Aggregates in the order in which they tell most. */
-const MAIN: readonly string[] = ['mean', 'p90', 'max', 'median', 'top_k_mean', 'p10'] satisfies Aggregate[];
+/** Aggregates in the order in which they tell most; other percentiles come last. */
+const MAIN: readonly Aggregate[] = ['mean', 'p90', 'max', 'median', 'top_k_mean', 'p10'];
 
-/** Columns of outputs, the main ones first: predicted classes, then means, and so on. */
+/** Columns of outputs, the main ones first: what heads and classes say, then means, and so on. */
 function mainOutputs(models: Plan['models']): string[] {
-  const rank = (column: string) => MAIN.findIndex((aggregate) => column.startsWith(`${aggregate}_`));
+  const rank = (column: string) => {
+    const aggregate = splitColumn(column)?.aggregate;
+    if (aggregate === undefined) return column.startsWith('predicted_') ? -2 : -1;
+    const place = MAIN.indexOf(aggregate);
+    return place === -1 ? MAIN.length : place;
+  };
   return outputColumns(models).sort((a, b) => rank(a) - rank(b));
 }
 

@@ -81,23 +81,61 @@ const name = z
 const version = z
   .string()
   .regex(/^[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}$/, 'letters, digits and . + _ -, at most 64');
+const MAX_OUTPUTS = 8192;
 const outputName = z.string().regex(/^[a-z][a-z0-9_]{0,62}$/, 'lower-case letters, digits and underscores');
 
-export const AGGREGATES = ['mean', 'median', 'p10', 'p90', 'max', 'top_k_mean'] as const;
-export type Aggregate = (typeof AGGREGATES)[number];
+/** What tiles come to; `p1` … `p99` are percentiles. */
+export type Aggregate = 'mean' | 'median' | 'max' | 'top_k_mean' | `p${number}`;
 
-/** `model.json` of a model package. */
+/** Those that a slide result always has of a classification or regression. */
+export const ALWAYS_AGGREGATED: readonly Aggregate[] = ['mean', 'median', 'p10', 'p90', 'max', 'top_k_mean'];
+
+const AGGREGATE = /^(mean|median|max|top_k_mean|p[1-9][0-9]?)$/;
+const aggregate = z.custom<Aggregate>(
+  (value) => typeof value === 'string' && AGGREGATE.test(value),
+  'mean, median, max, top_k_mean or a percentile from p1 to p99',
+);
+
+/** Both run the same package: whole slides in a Processing job, or tiles made beforehand in a Transform job. */
+export const modeSchema = z.enum(['processing', 'transform']);
+export type Mode = z.infer<typeof modeSchema>;
+
+/** How tiles are stored for a Transform job. */
+export const TILE_FORMATS = ['jpeg', 'png', 'raw'] as const;
+const tileFormat = z.enum(TILE_FORMATS);
+const quality = z.number().int().min(1).max(100);
+
+/** What a slide-level head brings into a package. */
+const headSchema = z.object({
+  /** TorchScript within the package. */
+  file: z
+    .string()
+    .regex(/^[A-Za-z0-9][A-Za-z0-9_-]{0,62}\.pt$/, 'a file name that ends in .pt')
+    .refine((file) => file !== 'model.pt', 'another file than the tile model')
+    .default('head.pt'),
+  task: z.enum(['classification', 'regression']),
+  outputs: z.array(outputName).min(1).max(1024),
+  /** It also answers with a weight for each tile. */
+  attention: z.boolean().default(false),
+});
+
+/** `model.json` of a model package. What one field says of another is checked in core/models.ts. */
 export const modelSchema = z.object({
   name,
   version,
   license: z.string().min(1),
   description: z.string().optional(),
   task: z.enum(['classification', 'regression', 'embedding']),
-  outputs: z.array(outputName).min(1),
+  /** Names of what the model answers; none where an embedding gives `dimensions`: see `outputNames`. */
+  outputs: z.array(outputName).max(MAX_OUTPUTS).default([]),
+  /** Of an embedding: how many numbers a tile becomes. */
+  dimensions: z.number().int().min(1).max(MAX_OUTPUTS).optional(),
   tile: z.object({
     px: z.number().int().min(16).max(4096),
     mpp: z.number().positive().max(100),
     overlap: z.number().int().min(0).default(0),
+    /** Default: the stage's. */
+    encoding: z.object({ format: tileFormat.optional(), quality: quality.optional() }).optional(),
   }),
   input: z.object({
     mean: z.array(z.number()).length(3),
@@ -105,9 +143,9 @@ export const modelSchema = z.object({
     layout: z.enum(['NCHW', 'NHWC']).default('NCHW'),
     range: z.tuple([z.number(), z.number()]).default([0, 1]),
   }),
-  mode: z.enum(['processing', 'transform']),
+  mode: modeSchema,
   batch: z.number().int().min(1).max(65536).default(64),
-  aggregate: z.array(z.enum(AGGREGATES)).min(1).default(['mean']),
+  aggregate: z.array(aggregate).min(1).default(['mean']),
   top_k: z.number().int().min(1).default(10),
   heatmap: z
     .object({
@@ -120,8 +158,31 @@ export const modelSchema = z.object({
         .optional(),
     })
     .optional(),
+  head: headSchema.optional(),
+  /** Where the model asks for other Transform jobs than the stage's. */
+  transform: z
+    .object({
+      instanceType: z
+        .string()
+        .regex(/^ml\.[a-z0-9-]+\.[a-z0-9]+$/, 'an instance type such as ml.g5.xlarge')
+        .optional(),
+      maxInstances: z.number().int().min(1).max(100).optional(),
+      maxConcurrentTransforms: z.number().int().min(1).max(100).optional(),
+      maxPayloadInMB: z.number().int().min(1).max(100).optional(),
+      invocationTimeoutSeconds: z.number().int().min(1).max(3600).optional(),
+    })
+    .optional(),
 });
 export type Model = z.infer<typeof modelSchema>;
+
+/** The names of what a model answers for a tile, in order: its `outputs`, or `f0000`, `f0001`, … of an embedding. */
+export const outputNames = ({ outputs, dimensions = 0 }: Pick<Model, 'outputs' | 'dimensions'>): string[] =>
+  outputs.length > 0
+    ? outputs
+    : Array.from({ length: dimensions }, (_, i) => `f${String(i).padStart(4, '0')}`);
+
+/** The output of a head that says how much each tile weighs in its answer. */
+export const ATTENTION = 'attention';
 
 /** One model package, pinned: what a run says it used. `digest` is `sha256:<hex>` of model.tar.gz. */
 export interface ModelRef extends ObjectRef {
@@ -282,9 +343,29 @@ export interface Shard {
   model: ModelRef;
   parameters: Parameters;
   codeVersion: string;
+  /** The model's tiles, known before its package is opened. */
+  tile: { px: number; mpp: number; overlap: number };
   /** Results go to `<prefix><slideId>/<model>/`. */
   output: { bucket: string; prefix: string };
+  /** In transform mode: how tiles are stored, what became of each slide's, and where predictions for them come. */
+  tiling?: Tiling;
+  tiled?: { bucket: string; prefix: string };
+  transformed?: { bucket: string; prefix: string };
   slides: ShardSlide[];
+}
+
+/** How the tiler stores tiles. A tileset of the same parameters and slide is made once, whatever the model. */
+export interface Tiling {
+  bucket: string;
+  prefix: string;
+  format: (typeof TILE_FORMATS)[number];
+  quality: number;
+  /** A pack's size at most. */
+  packBytes: number;
+  /** Each tile is also an object of its own. */
+  objects: boolean;
+  /** Days after which the bucket deletes tilesets. */
+  keepDays: number;
 }
 
 export interface ShardSlide {
@@ -296,21 +377,52 @@ export interface ShardSlide {
   mppSource?: 'manifest' | 'catalogue';
 }
 
-/** One inference job as the state machine carries it; small, because there is one per model. */
-export const inferenceJobSchema = z.object({
-  model: z.string(),
-  version: z.string(),
-  /** Unique base of the job's name; an attempt's number is appended. At most 57 characters. */
-  jobName: z.string(),
-  shardsUri: z.string(),
-  modelUri: z.string(),
-  /** `sha256:<hex>` of the package at `modelUri`, for the record. */
-  modelDigest: z.string().optional(),
-  slides: z.number().int(),
+/** What SageMaker jobs a run has: `process` alone in processing mode; the others follow each other in transform mode. */
+export const JOB_KINDS = ['process', 'tile', 'transform', 'join'] as const;
+export const jobKindSchema = z.enum(JOB_KINDS);
+export type JobKind = z.infer<typeof jobKindSchema>;
+
+/** The machines of a job. */
+const instancesSchema = z.object({
   instanceCount: z.number().int(),
   instanceType: z.string(),
   volumeSizeInGB: z.number().int(),
+});
+
+/** How a model's Transform jobs are to be run; counts follow from the packs. */
+export const transformSettingsSchema = z.object({
+  instanceType: z.string(),
+  maxInstances: z.number().int().min(1),
+  /** An instance is added for every so many packs. */
+  packsPerInstance: z.number().int().min(1),
+  /** Requests at once; absent: by the instance's processors. */
+  maxConcurrentTransforms: z.number().int().min(1).max(100).optional(),
+  /** At least; a pack that is larger raises it. */
+  maxPayloadInMB: z.number().int().min(1).max(100),
+  invocationTimeoutSeconds: z.number().int().min(1).max(3600),
+});
+export type TransformSettings = z.infer<typeof transformSettingsSchema>;
+
+/** One model's inference as the state machine carries it; small, because there is one per model. */
+export const inferenceJobSchema = instancesSchema.extend({
+  model: z.string(),
+  version: z.string(),
+  mode: modeSchema,
+  /** The kind of job that comes first. */
+  begin: jobKindSchema,
+  /** Unique base of the jobs' names; kind and attempt are appended. */
+  jobName: z.string(),
+  shardsUri: z.string(),
+  modelUri: z.string(),
+  /** The package's version in its bucket. SageMaker takes no version of a model's data, so it is held against this. */
+  modelVersionId: z.string().optional(),
+  /** `sha256:<hex>` of the package at `modelUri`, for the record. */
+  modelDigest: z.string().optional(),
+  slides: z.number().int(),
   maxRuntimeInSeconds: z.number().int(),
+  /** In transform mode; the jobs themselves are the tiling's. */
+  join: instancesSchema.optional(),
+  transform: transformSettingsSchema.optional(),
 });
 export type InferenceJob = z.infer<typeof inferenceJobSchema>;
 
@@ -337,6 +449,27 @@ export const completionSchema = z.object({
   codeVersion: z.string(),
   jobName: z.string(),
   completedAt: z.string(),
+  /** How the tiles came to the model. */
+  mode: modeSchema.optional(),
+  /** In transform mode: what the tiles were read from. */
+  tileset: z
+    .object({
+      id: z.string(),
+      /** It was there before this run. */
+      reused: z.boolean(),
+      format: tileFormat,
+      quality: quality.optional(),
+    })
+    .optional(),
+  /** Present when the package brings a head and it had a tile to look at. */
+  head: z
+    .object({
+      task: z.enum(['classification', 'regression']),
+      outputs: z.record(z.string(), z.number()),
+      /** Tiles that it looked at. */
+      tiles: z.number().int(),
+    })
+    .optional(),
   /** Present when the slide could be opened. */
   slide: z
     .object({
@@ -410,19 +543,36 @@ export interface ClassVote {
   voteShare: Record<string, number | null>;
 }
 
+/** What the package's own head says of the whole slide. */
+export interface HeadResult {
+  task: 'classification' | 'regression';
+  outputs: Record<string, number>;
+  /** Tiles that it looked at. */
+  tiles: number;
+  /** The class with the highest number; only for a classification. */
+  predicted?: string;
+}
+
 /** `result.json`: the answer of one model for one slide. Quantiles by linear interpolation, as numpy's default. */
 export interface SlideResult {
   runId: string;
   slideId: string;
   slide: string;
   model: { name: string; version: string; digest: string; task: Model['task'] };
+  mode: Mode;
+  /** In transform mode: what the tiles were read from. */
+  tileset?: Completion['tileset'];
   tiles: { grid: number; kept: number; ok: number; unreadable: number };
-  /** Every aggregate of every output, over the readable tiles. */
-  outputs: Record<string, Record<Aggregate, number | null>>;
+  /** The aggregates that `outputs` has, and those of them that the package asks for: the columns of results.csv. */
+  aggregates: { given: Aggregate[]; asked: Aggregate[] };
+  /** Each output's aggregates over the readable tiles. */
+  outputs: Record<string, Partial<Record<Aggregate, number | null>>>;
   /** How many of the highest tiles `top_k_mean` is the mean of, at most. */
   topK: number;
   /** Only for a classification. */
   classes: ClassVote | null;
+  /** The head's answer; null where the package has none, or there was no readable tile. */
+  head: HeadResult | null;
   /** In words, what the numbers alone do not say: no tissue, unreadable tiles. */
   note: string | null;
   tissueAreaMm2: number;
@@ -454,7 +604,10 @@ export interface ResultSummary {
   key: string;
   tiles: { kept: number; ok: number; unreadable: number };
   tissueMm2: number;
-  /** `<aggregate>_<output>` → number; null where there is no tile. For classes also `predicted_mean`, `predicted_vote`. */
+  /**
+   * `<aggregate>_<output>` → number; null where there is no tile. For classes also `predicted_mean`, `predicted_vote`;
+   * of a head `head_<output>`, `predicted_head`. Of an embedding only what its head says.
+   */
   outputs: Record<string, number | string | null>;
   /** Level-0 pixels, for laying the heatmap over the thumbnail. */
   size?: { width: number; height: number };
@@ -486,12 +639,16 @@ export interface RunItem extends RunContext {
   plannedAt?: string;
   ingestedAt?: string;
   endedAt?: string;
+  /** When its end was on record and told. A run that has ended without it was broken off while it was published. */
+  publishedAt?: string;
   counts?: Partial<Record<SlideState, number>>;
 }
 
 /** A job's item in the state table: `pk = RUN#<runId>`, `sk = JOB#<jobName>`. */
 export interface JobItem {
   jobName: string;
+  /** Absent in runs before there were several: `process`. */
+  kind?: JobKind;
   model: string;
   version: string;
   state: 'SUCCEEDED' | 'FAILED';

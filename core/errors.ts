@@ -36,10 +36,12 @@ export class FollowUpsFailed extends SlidewayError {}
 export class ModelNotFound extends SlidewayError {}
 /** A package that cannot be read, or whose model.json breaks the schema. */
 export class ModelPackageInvalid extends SlidewayError {}
-/** A package whose weights are in a form that this version does not run. */
+/** A package that brings code of its own, where the stage runs none. */
 export class ModelFormatNotSupported extends ModelPackageInvalid {}
-/** The package asks for a mode that this version does not run. */
-export class ModelModeNotSupported extends SlidewayError {}
+/** The package that a run pinned is not the one that lies in the bucket. */
+export class ModelDigestMismatch extends SlidewayError {}
+/** A pack is larger than one request to a Transform job may be. */
+export class PackTooLarge extends SlidewayError {}
 
 /** The catalogue could not be reached, or failed again and again. */
 export class CatalogueUnavailable extends SlidewayError {}

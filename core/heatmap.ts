@@ -8,16 +8,18 @@ import { initWasm, Resvg } from '@resvg/resvg-wasm';
 import { encode } from 'fast-png';
 import { fonts, resvgWasm } from '#legend-assets';
 
-import { quantile } from './aggregate.ts';
+import { quantile, readableOf } from './aggregate.ts';
 import { COLORMAPS, type Colormap, colourAt, toHex } from './colormaps.ts';
-import type { HeatmapGeometry, Model } from './contracts.ts';
+import { ATTENTION, type HeatmapGeometry, type Model } from './contracts.ts';
 import type { TileTable } from './tiles.ts';
 
 export interface HeatmapInput {
-  tiles: Pick<TileTable, 'rows' | 'minx' | 'miny' | 'width' | 'height' | 'readable' | 'outputs'>;
+  tiles: Pick<TileTable, 'rows' | 'minx' | 'miny' | 'width' | 'height' | 'readable'>;
+  /** What is drawn, and its value for each tile. */
   output: string;
+  values: Float32Array;
   colormap: Colormap;
-  model: Pick<Model, 'name' | 'version' | 'task' | 'heatmap'>;
+  model: Pick<Model, 'name' | 'version' | 'task' | 'heatmap' | 'head'>;
   /** Level-0 pixels, and µm per level-0 pixel. */
   slide: { width: number; height: number; mppX: number; mppY: number };
   /** A tile's side in level-0 pixels. */
@@ -84,17 +86,21 @@ export async function drawHeatmap(
   return { png: withPixelSize(png, micronsPerPixel), geometry };
 }
 
-/** The model's own range; 0–1 where that is what the values are; else the 1st to 99th percentile, so that one odd tile does not flatten the rest. */
-function rangeOf({ tiles, output, model }: HeatmapInput): HeatmapGeometry['range'] {
+/**
+ * The model's own range; 0–1 where that is what the values are; else the 1st to 99th percentile, so that one odd tile
+ * does not flatten the rest. Attention is always a matter of the slide: its weights say which tiles count, not how much.
+ */
+function rangeOf({ tiles, output, values, model }: HeatmapInput): HeatmapGeometry['range'] {
   if (model.heatmap?.range && model.heatmap.output === output) {
     const [min, max] = model.heatmap.range;
     return { min, max, of: 'model' };
   }
-  const values = tiles.outputs.get(output) ?? new Float32Array(0);
-  const known = Float64Array.from(values.filter((_, i) => tiles.readable[i] === 1)).sort();
+  const known = readableOf(values, tiles.readable).sort();
   const unit = { min: 0, max: 1, of: 'unit' } as const;
-  if (known.length === 0 || model.task === 'classification') return unit;
-  if ((known[0] ?? 0) >= 0 && (known.at(-1) ?? 0) <= 1) return unit;
+  if (known.length === 0) return unit;
+  const attention = model.head?.attention === true && output === ATTENTION;
+  const shares = model.task === 'classification' || ((known[0] ?? 0) >= 0 && (known.at(-1) ?? 0) <= 1);
+  if (shares && !attention) return unit;
   return { min: quantile(known, 0.01), max: quantile(known, 0.99), of: 'p1-p99' };
 }
 
@@ -115,9 +121,8 @@ function paintTiles(
   area: HeatmapGeometry['area'],
   level0PerPixel: number,
   range: HeatmapGeometry['range'],
-  { tiles, output, colormap }: HeatmapInput,
+  { tiles, values, colormap }: HeatmapInput,
 ): void {
-  const values = tiles.outputs.get(output) ?? new Float32Array(0);
   const sums = new Float64Array(area.width * area.height);
   const counts = new Uint16Array(area.width * area.height);
   const unreadable = new Uint8Array(area.width * area.height);

@@ -5,26 +5,48 @@ import { forEachConcurrently } from './concurrency.ts';
 import type {
   InferenceJob,
   InferenceSlide,
+  Mode,
+  Model,
   Plan,
   PlannedSlide,
   RunContext,
   Shard,
   ShardSlide,
   SlideItem,
+  Tiling,
+  TransformSettings,
 } from './contracts.ts';
-import { inferenceKey, jobPrefix, planKey, shardKey, slidesKey, slidesPrefix } from './keys.ts';
+import {
+  inferenceKey,
+  jobPrefix,
+  planKey,
+  shardKey,
+  slidesKey,
+  slidesPrefix,
+  TILES_PREFIX,
+  tiledPrefix,
+  transformedPrefix,
+} from './keys.ts';
 import { contentId, type Lineage } from './lineage.ts';
 import type { StateTable } from './state.ts';
 import { readJson, readLines, type Written, writeJson, writeLines } from './store.ts';
 
-export interface InferenceConfig {
-  /** Jobs of this deployment are named `<jobPrefix>-…`. */
-  jobPrefix: string;
+/** The machines of a kind of job: one for every so many slides, up to a most. */
+export interface InstancesConfig {
   instanceType: string;
   maxInstances: number;
   slidesPerInstance: number;
   volumeSizeInGB: number;
+}
+
+export interface InferenceConfig extends InstancesConfig {
+  /** Jobs of this deployment are named `<jobPrefix>-…`. */
+  jobPrefix: string;
   maxRuntimeInSeconds: number;
+  /** Of models in transform mode; what a package asks for itself comes over it. */
+  tiles: InstancesConfig & Pick<Tiling, 'format' | 'quality' | 'packBytes' | 'objects' | 'keepDays'>;
+  join: InstancesConfig;
+  transform: TransformSettings;
 }
 
 export interface InferenceDependencies {
@@ -73,8 +95,10 @@ export async function planInference(
   for (const { model, ...ref } of plan.models) {
     const group = ofModel.get(ref.name);
     if (!group) continue;
-    const instances = Math.min(config.maxInstances, Math.ceil(group.length / config.slidesPerInstance));
-    const shards = balance(group, instances);
+    const { mode } = model;
+    const first = mode === 'transform' ? config.tiles : config;
+    const shards = balance(group, instancesFor(group.length, first));
+    const { px, mpp, overlap } = model.tile;
     await forEachConcurrently([...shards.entries()], 8, async ([shard, part]) => {
       const document: Shard = {
         runId,
@@ -83,7 +107,13 @@ export async function planInference(
         model: ref,
         parameters: run.parameters,
         codeVersion: plan.codeVersion,
+        tile: { px, mpp, overlap },
         output: { bucket: silverBucket, prefix: slidesPrefix(runId) },
+        ...(mode === 'transform' && {
+          tiling: tilingOf(model, silverBucket, config),
+          tiled: { bucket: silverBucket, prefix: tiledPrefix(runId, ref.name) },
+          transformed: { bucket: silverBucket, prefix: transformedPrefix(runId, ref.name) },
+        }),
         slides: part,
       };
       const key = shardKey(runId, ref.name, shard);
@@ -92,15 +122,27 @@ export async function planInference(
     jobs.push({
       model: ref.name,
       version: ref.version,
-      jobName: jobNameOf(config.jobPrefix, runId, ref.name),
+      mode,
+      begin: mode === 'transform' ? 'tile' : 'process',
+      jobName: jobNameOf(config.jobPrefix, runId, ref.name, mode),
       shardsUri: `s3://${silverBucket}/${jobPrefix(runId, ref.name)}`,
       modelUri: `s3://${ref.bucket}/${ref.key}`,
+      ...(ref.versionId && { modelVersionId: ref.versionId }),
       modelDigest: ref.digest,
       slides: group.length,
       instanceCount: shards.length,
-      instanceType: config.instanceType,
-      volumeSizeInGB: config.volumeSizeInGB,
+      instanceType: first.instanceType,
+      volumeSizeInGB: first.volumeSizeInGB,
       maxRuntimeInSeconds: config.maxRuntimeInSeconds,
+      ...(mode === 'transform' && {
+        join: {
+          // Each takes whole shards.
+          instanceCount: Math.min(shards.length, instancesFor(group.length, config.join)),
+          instanceType: config.join.instanceType,
+          volumeSizeInGB: config.join.volumeSizeInGB,
+        },
+        transform: settingsOf(model, config),
+      }),
     });
   }
   const written = await writeLines(s3, { bucket: silverBucket, key: inferenceKey(runId) }, slides);
@@ -118,10 +160,11 @@ export async function planInference(
       outputs,
       parameters: {
         ...run.parameters,
-        jobs: jobs.map(({ jobName, model, version, modelDigest, instanceCount }) => ({
+        jobs: jobs.map(({ jobName, model, version, mode, modelDigest, instanceCount }) => ({
           jobName,
           model,
           version,
+          mode,
           modelDigest,
           instanceCount,
         })),
@@ -129,6 +172,23 @@ export async function planInference(
     },
   );
   return { jobs, slides: written };
+}
+
+const instancesFor = (slides: number, { maxInstances, slidesPerInstance }: InstancesConfig): number =>
+  Math.min(maxInstances, Math.ceil(slides / slidesPerInstance));
+
+/** How the model's tiles are stored: as its package asks for, else as the stage does. */
+function tilingOf({ tile }: Model, bucket: string, { tiles }: InferenceConfig): Tiling {
+  const { packBytes, objects, keepDays } = tiles;
+  const format = tile.encoding?.format ?? tiles.format;
+  const quality = tile.encoding?.quality ?? tiles.quality;
+  return { bucket, prefix: TILES_PREFIX, format, quality, packBytes, objects, keepDays };
+}
+
+/** How the model's Transform jobs are run: as its package asks for, else as the stage does. */
+function settingsOf({ transform }: Model, config: InferenceConfig): TransformSettings {
+  const asked = Object.entries(transform ?? {}).filter(([, value]) => value !== undefined);
+  return { ...config.transform, ...Object.fromEntries(asked) };
 }
 
 /** Deals slides to `count` shards, the largest first, each to the shard with the fewest bytes so far. */
@@ -145,9 +205,12 @@ export function balance(slides: ShardSlide[], count: number): ShardSlide[][] {
   return shards.map((shard) => shard.slides);
 }
 
-/** SageMaker's names have 63 characters, never used twice; 6 are left for `-<attempt>`. */
-export function jobNameOf(prefix: string, runId: string, model: string): string {
+/** What is appended to the base of a job's name, at its longest. */
+const LONGEST_SUFFIX = { processing: '-99999', transform: '-transform-999' };
+
+/** SageMaker's names have 63 characters, never used twice; room is left for what tells the jobs of a model apart. */
+export function jobNameOf(prefix: string, runId: string, model: string, mode: Mode): string {
   const hash = createHash('sha256').update(`${runId}/${model}`).digest('hex').slice(0, 12);
-  const room = 57 - prefix.length - hash.length - 2;
-  return `${prefix}-${hash}-${model.slice(0, room).replace(/-+$/, '')}`;
+  const room = 63 - LONGEST_SUFFIX[mode].length - prefix.length - hash.length - 2;
+  return `${prefix}-${hash}-${model.slice(0, Math.max(1, room)).replace(/-+$/, '')}`;
 }

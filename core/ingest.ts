@@ -125,7 +125,11 @@ export async function ingestSlide(
   const { state, holdings } = deps;
   const { runId } = run;
   const { slideId } = slide;
-  await state.transition(runId, slideId, 'COPYING', { slide: slide.slide });
+  if (!(await state.transition(runId, slideId, 'COPYING', { slide: slide.slide }))) {
+    // An invocation before this one came to an end, and nobody heard of it.
+    const item = await state.slide(runId, slideId);
+    if (item) return { slideId, state: item.state };
+  }
   const work: Work = { run, slide, before, deps, claims: [] };
   const requests = () => addCounts(before?.requests, deps.requests());
   try {

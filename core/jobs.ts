@@ -1,12 +1,16 @@
 /** RecordJob and FailSlide: how things ended that the functions themselves did not see. */
-import type { InferenceJob, JobItem, Reason, RunContext, SlideItem } from './contracts.ts';
+import type { InferenceJob, JobItem, JobKind, Reason, RunContext, SlideItem } from './contracts.ts';
 import type { Lineage } from './lineage.ts';
 import { isFinal, type StateTable } from './state.ts';
 
 export interface JobOutcome {
   run: RunContext;
   job: InferenceJob;
+  kind: JobKind;
+  /** Of this kind, from 1. */
   attempt: number;
+  /** The machines of a Transform job, as they were planned. */
+  transform?: { instanceType?: string | undefined; instanceCount?: number | undefined } | undefined;
   done?:
     | {
         jobName: string;
@@ -19,28 +23,29 @@ export interface JobOutcome {
   failure?: { error: string; cause: string } | undefined;
 }
 
-/** Puts the end of an inference job on record: its state, why, and the instance seconds it took. */
+/** Puts the end of a run's job on record: its state, why, and the instance seconds it took. */
 export async function recordJob(
-  { run, job, attempt, done, failure }: JobOutcome,
+  { run, job, kind, attempt, transform, done, failure }: JobOutcome,
   { state, lineage }: { state: StateTable; lineage: Lineage },
 ): Promise<Pick<JobItem, 'jobName' | 'state' | 'instanceSeconds'>> {
   const description = failure ? parseCause(failure.cause) : {};
-  const start = done?.startTime ?? description.ProcessingStartTime;
-  const end = done?.endTime ?? description.ProcessingEndTime;
-  const jobName = `${job.jobName}-${attempt}`;
+  const start = done?.startTime ?? description.ProcessingStartTime ?? description.TransformStartTime;
+  const end = done?.endTime ?? description.ProcessingEndTime ?? description.TransformEndTime;
+  const jobName = jobNameFor(job, kind, attempt);
+  const { instanceType, instanceCount } = instancesOf(job, kind, transform);
   const imageUri = done?.imageUri ?? imageOf(description);
   const roleArn = done?.roleArn ?? description.RoleArn;
   const endedAt = isoTime(end);
   const item: JobItem = {
     jobName,
+    kind,
     model: job.model,
     version: job.version,
     state: failure ? 'FAILED' : 'SUCCEEDED',
-    ...(failure && { reason: jobReason(failure, description) }),
-    instanceType: job.instanceType,
-    instanceCount: job.instanceCount,
-    instanceSeconds:
-      Math.round((secondsBetween(start, end) * job.instanceCount + Number.EPSILON) * 1000) / 1000,
+    ...(failure && { reason: jobReason(kind, failure, description) }),
+    instanceType,
+    instanceCount,
+    instanceSeconds: Math.round((secondsBetween(start, end) * instanceCount + Number.EPSILON) * 1000) / 1000,
     ...(endedAt && { endedAt }),
   };
   await state.putJob(run.runId, item);
@@ -53,6 +58,7 @@ export async function recordJob(
       ...(item.reason && { reason: `${item.reason.error}: ${item.reason.message}` }),
       parameters: {
         jobName,
+        kind,
         model: job.model,
         version: job.version,
         modelDigest: job.modelDigest,
@@ -61,14 +67,30 @@ export async function recordJob(
         imageUri,
         imageDigest: imageDigest(imageUri),
         roleArn,
-        instanceType: job.instanceType,
-        instanceCount: job.instanceCount,
+        instanceType,
+        instanceCount,
         startedAt: isoTime(start),
         endedAt,
       },
     },
   );
   return { jobName, state: item.state, instanceSeconds: item.instanceSeconds };
+}
+
+/** What SageMaker knows the job by; as the state machine puts it together. */
+export const jobNameFor = ({ jobName }: InferenceJob, kind: JobKind, attempt: number): string =>
+  kind === 'process' ? `${jobName}-${attempt}` : `${jobName}-${kind}-${attempt}`;
+
+/** The machines of that kind of job. */
+function instancesOf(
+  job: InferenceJob,
+  kind: JobKind,
+  transform: JobOutcome['transform'],
+): { instanceType: string; instanceCount: number } {
+  if (kind === 'join' && job.join) return job.join;
+  if (kind !== 'transform') return job;
+  const instanceType = transform?.instanceType ?? job.transform?.instanceType ?? job.instanceType;
+  return { instanceType, instanceCount: transform?.instanceCount ?? 0 };
 }
 
 export interface SlideFailure {
@@ -160,11 +182,24 @@ const isoTime = (time: unknown): string | undefined => {
   return time === undefined || Number.isNaN(date.getTime()) ? undefined : date.toISOString();
 };
 
+/** What a job of that kind failed with, where nothing more particular is known. */
+const FAILED: Record<JobKind, string> = {
+  process: 'JobFailed',
+  tile: 'TilingFailed',
+  transform: 'TransformFailed',
+  join: 'JoinFailed',
+};
+
+/** Errors of the steps around the jobs, which say more than that a job failed. */
+const OWN = new Set(['ModelCreationFailed', 'ModelDigestMismatch', 'PackTooLarge']);
+
 function jobReason(
+  kind: JobKind,
   { error, cause }: { error: string; cause: string },
   description: Record<string, unknown>,
 ): Reason {
   const message = causeMessage(cause);
+  if (OWN.has(error)) return { error, message };
   if (error === 'SageMaker.ResourceLimitExceededException') {
     return {
       error: 'JobQuota',
@@ -178,7 +213,7 @@ function jobReason(
     };
   }
   if (error === 'States.Timeout') return { error: 'JobTimedOut', message };
-  return { error: 'JobFailed', message };
+  return { error: FAILED[kind], message };
 }
 
 /** Step Functions gives SageMaker's times in milliseconds since 1970. */

@@ -11,6 +11,18 @@ export const jobPrefix = (runId: string, model: string) => `${runPrefix(runId)}j
 export const shardKey = (runId: string, model: string, shard: number) =>
   `${jobPrefix(runId, model)}shard-${String(shard).padStart(4, '0')}.json`;
 
+/** Tilesets, shared by all runs; they expire. */
+export const TILES_PREFIX = 'tiles/';
+/** What goes into and comes out of a model's Transform jobs; it expires. */
+const transformPrefix = (runId: string, model: string) => `transform/${runId}/${model}/`;
+/** What tiling made of each slide of a run. */
+export const tiledPrefix = (runId: string, model: string) => `${transformPrefix(runId, model)}tiled/`;
+export const tiledKey = (runId: string, model: string, slideId: string) =>
+  `${tiledPrefix(runId, model)}${slideId}.json`;
+export const packsKey = (runId: string, model: string, attempt: number) =>
+  `${transformPrefix(runId, model)}attempt-${attempt}/manifest.json`;
+export const transformedPrefix = (runId: string, model: string) => `${transformPrefix(runId, model)}out/`;
+
 export const slidesPrefix = (runId: string) => `${runPrefix(runId)}slides/`;
 /** Folder of one model's answer for one slide: complete.json, tiles.parquet, tissue.geojson, thumbnail.jpg, result.json, heatmap.png. */
 export const resultPrefix = (runId: string, slideId: string, model: string) =>

@@ -33,6 +33,8 @@ export interface PlanDependencies {
   lineage: Lineage;
   silverBucket: string;
   modelsBucket: string;
+  /** Packages may bring code of their own. */
+  allowModelCode: boolean;
   codeVersion: string;
   /** Absent where the stage has none. */
   catalogue?: CatalogueSource;
@@ -50,12 +52,14 @@ export async function planRun(
   deps: PlanDependencies,
 ): Promise<{ slides: Written; total: number; expected: number }> {
   const { s3, state, lineage, silverBucket, modelsBucket, codeVersion, catalogue, names } = deps;
+  const resolve = (wanted: string) =>
+    resolveModel(s3, modelsBucket, wanted, { allowCode: deps.allowModelCode });
   const bytes = await readBytes(s3, run.manifest);
   if (!bytes)
     throw new ManifestGone(`${run.manifest.key} is no longer in Landing as it was when the run began.`);
   const rows = parseManifest(bytes);
   const landing = await LandingListing.read(s3, landingOf(run), run.study, deps.quietMs);
-  const models = await resolveModels(rows, run, (wanted) => resolveModel(s3, modelsBucket, wanted));
+  const models = await resolveModels(rows, run, resolve);
   const asked = await askCatalogue(rows, catalogue);
   const before = run.followUp && (await takenIn(s3, state, silverBucket, run.followUp.of));
   const slides = planSlides(rows, run, landing, models, asked.found, before, names);

@@ -12,7 +12,7 @@ export interface Prices {
   transition: number;
   /** A request, by the classes in which core/metering.ts counts, and `lambda` for an invocation. */
   requests: Record<string, number>;
-  /** An hour of a Processing instance, by type. */
+  /** An hour of an instance of a Processing or Transform job, by type; they cost the same. */
   instanceHour: Record<string, number>;
 }
 
@@ -33,6 +33,13 @@ export const PRICES: Prices = {
     // Sources disagree, 0.98 to 1.13: the higher, so that nobody is promised too little.
     'ml.g6.xlarge': 1.13,
     'ml.g6e.xlarge': 1.861,
+    'ml.c5.xlarge': 0.204,
+    'ml.c5.2xlarge': 0.408,
+    'ml.c5.4xlarge': 0.816,
+    'ml.c5.9xlarge': 1.836,
+    'ml.m5.xlarge': 0.23,
+    'ml.m5.2xlarge': 0.461,
+    'ml.m5.4xlarge': 0.922,
   },
 };
 

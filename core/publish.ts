@@ -57,6 +57,7 @@ import {
   type SlideRow,
   slideRow,
   UNFINISHED,
+  withoutWaiting,
 } from './results.ts';
 import type { StateTable } from './state.ts';
 import { readJson, readLines, type Written, writeJson, writeObject, writeText } from './store.ts';
@@ -152,7 +153,11 @@ async function publishRun(
   const jobs: JobItem[] = [];
   for await (const job of state.jobs(runId)) jobs.push(jobWithoutKeys(job));
 
-  const lines = () => readLines<PlannedSlide>(s3, { bucket: silver, key: slidesKey(runId) });
+  const broken = before?.plannedAt === undefined;
+  async function* lines() {
+    for await (const line of readLines<PlannedSlide>(s3, { bucket: silver, key: slidesKey(runId) }))
+      yield broken ? withoutWaiting(line) : line;
+  }
   if (before?.endedAt === undefined) await endStragglers(runId, lines(), ends, deps);
   const tally = await tallyOf(lines(), ends, run.study);
   const ended =
@@ -230,6 +235,7 @@ async function publishRun(
     },
   );
   await announce(head, tally.problems, deps);
+  if (before?.publishedAt === undefined) await state.published(runId, deps.now().toISOString());
   return {
     runId,
     state: head.state,
@@ -379,6 +385,7 @@ function reasonOfFailure({ stage, error, cause }: Failure): Reason {
 
 function jobWithoutKeys({
   jobName,
+  kind,
   model,
   version,
   state,
@@ -390,6 +397,7 @@ function jobWithoutKeys({
 }: JobItem): JobItem {
   return {
     jobName,
+    ...(kind && { kind }),
     model,
     version,
     state,

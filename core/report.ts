@@ -4,9 +4,10 @@
  */
 import { createHash } from 'node:crypto';
 
+import { inOrder, splitColumn } from './aggregate.ts';
 import { COLORMAPS, toHex } from './colormaps.ts';
 import {
-  AGGREGATES,
+  type Aggregate,
   type HeatmapGeometry,
   type ResultSummary,
   type RunState,
@@ -245,6 +246,7 @@ function answer(row: SlideRow, result: ResultSummary): string {
 ${picture(row, result, folder)}
 ${note ? `<p class="note">${note}</p>` : ''}
 <dl class="facts"><div><dt>Model</dt><dd>${text(result.model)} ${text(result.version)}</dd></div><div><dt>Tiles</dt><dd>${count(ok)}</dd></div><div><dt>Tissue</dt><dd>${measure(result.tissueMm2)} mm²</dd></div>${predicted(result)}</dl>
+${head(result)}
 ${numbers(result)}
 <p class="links"><a href="${folder}result.json">result.json</a>${result.heatmap ? `<a href="${folder}heatmap.png">heatmap.png</a>` : ''}<a href="${folder}tissue.geojson">tissue.geojson</a></p>
 </div>`;
@@ -278,19 +280,38 @@ const predicted = ({ outputs: { predicted_mean: mean, predicted_vote: vote } }: 
         vote === mean ? '' : ` <span class="soft">(most tiles: ${text(String(vote ?? '–'))})</span>`
       }</dd></div>`;
 
+/** What the package's own head says of the whole slide. */
+function head({ outputs }: ResultSummary): string {
+  const said = Object.entries(outputs).flatMap(([key, value]) =>
+    key.startsWith('head_') && typeof value !== 'string' ? [{ name: key.slice('head_'.length), value }] : [],
+  );
+  if (said.length === 0) return '';
+  const answer = outputs.predicted_head;
+  const more = said.length - OUTPUTS_PER_CARD;
+  return `<div class="scroll"><table class="numbers"><thead><tr><th>Whole slide</th><th>${text(String(answer ?? ''))}</th></tr></thead><tbody>
+${said
+  .slice(0, OUTPUTS_PER_CARD)
+  .map(
+    ({ name, value }) =>
+      `<tr><th scope="row">${text(name)}</th><td>${typeof value === 'number' ? measure(value) : '–'}</td></tr>`,
+  )
+  .join('\n')}
+</tbody></table>${more > 0 ? `<p class="soft">and ${count(more)} more in result.json</p>` : ''}</div>`;
+}
+
 /** Aggregates across; each output's name over its numbers, because names are long and cards are narrow. */
 function numbers({ outputs }: ResultSummary): string {
   const rows = new Map<string, Map<string, number | null>>();
-  const used = new Set<string>();
+  const used = new Set<Aggregate>();
   for (const [key, value] of Object.entries(outputs)) {
-    const aggregate = AGGREGATES.find((name) => key.startsWith(`${name}_`));
-    if (!aggregate || typeof value === 'string') continue;
-    const output = key.slice(aggregate.length + 1);
+    const column = splitColumn(key);
+    if (!column || typeof value === 'string') continue;
+    const { aggregate, output } = column;
     rows.set(output, (rows.get(output) ?? new Map()).set(aggregate, value));
     used.add(aggregate);
   }
   if (rows.size === 0) return '';
-  const columns = AGGREGATES.filter((aggregate) => used.has(aggregate));
+  const columns = inOrder(used);
   const more = rows.size - OUTPUTS_PER_CARD;
   return `<div class="scroll"><table class="numbers"><thead><tr>${columns
     .map((aggregate) => `<th>${aggregate.replace('top_k_mean', 'top-k')}</th>`)

@@ -60,6 +60,19 @@ const unfinished = (state: SlideState): Reason => ({
   message: `The run ended while the slide was ${state}. Drop the manifest again to have it done.`,
 });
 
+/** A line of a plan that was broken off before it stood: nothing takes the slide in by itself when it comes. */
+export const withoutWaiting = (line: PlannedSlide): PlannedSlide =>
+  line.state === 'MISSING'
+    ? {
+        ...line,
+        state: 'FAILED',
+        reason: {
+          error: UNFINISHED,
+          message: `${line.reason?.message ?? 'It is not in Landing.'} The run failed before it could wait for it: drop the manifest again.`,
+        },
+      }
+    : line;
+
 /** A line that somebody has to look at; a repeated line has its result elsewhere. */
 export const isProblem = ({ state }: Pick<SlideRow, 'state'>): boolean =>
   state !== 'AGGREGATED' && state !== 'DUPLICATE';
@@ -86,14 +99,22 @@ const COLUMNS = [
   'tissue_mm2',
 ];
 
-/** The columns that the run's models fill: `<aggregate>_<output>`, then the predicted class. */
+/**
+ * The columns that the run's models fill: `<aggregate>_<output>`, then the predicted class, then what heads say. The
+ * thousands of numbers of an embedding are no columns.
+ */
 export function outputColumns(models: Plan['models']): string[] {
   const columns = models.flatMap(({ model }) =>
-    model.aggregate.flatMap((aggregate) => model.outputs.map((output) => `${aggregate}_${output}`)),
+    model.task === 'embedding'
+      ? []
+      : model.aggregate.flatMap((aggregate) => model.outputs.map((output) => `${aggregate}_${output}`)),
   );
   if (models.some(({ model }) => model.task === 'classification')) {
     columns.push('predicted_mean', 'predicted_vote');
   }
+  const heads = models.flatMap(({ model }) => model.head ?? []);
+  columns.push(...heads.flatMap(({ outputs }) => outputs.map((output) => `head_${output}`)));
+  if (heads.some(({ task }) => task === 'classification')) columns.push('predicted_head');
   return [...new Set(columns)];
 }
 

@@ -5,15 +5,19 @@
  */
 import { HeadObjectCommand, type S3Client } from '@aws-sdk/client-s3';
 
-import { aggregateOutput, vote } from './aggregate.ts';
+import { aggregateOutput, aggregatesOf, highest, inOrder, Vote } from './aggregate.ts';
 import {
-  AGGREGATES,
+  ATTENTION,
   type BronzeSlide,
   type Completion,
   completionSchema,
+  type HeadResult,
   type HeatmapGeometry,
   type InferenceSlide,
+  JOB_KINDS,
   type JobItem,
+  type Model,
+  outputNames,
   type Plan,
   type Reason,
   type ResultSummary,
@@ -32,8 +36,13 @@ import { ResultCorrupt, readTiles, type TileTable } from './tiles.ts';
 
 /** The job ended well, yet there is no answer for the slide. */
 export class ResultMissing extends SlidewayError {}
-/** The job that had the slide failed before it came to it. */
-export class JobFailed extends SlidewayError {}
+/** The job that had the slide failed before it came to it; goes by the name of the job's own reason. */
+export class JobFailed extends SlidewayError {
+  constructor({ jobName, reason }: JobItem) {
+    super(`the job ${jobName} failed: ${reason?.message ?? 'it gave no reason'}`);
+    if (reason) this.name = reason.error;
+  }
+}
 
 export interface AggregateInput {
   run: RunContext;
@@ -208,18 +217,20 @@ function expectSame(file: string, what: string, found: unknown, expected: unknow
   if (found !== expected) throw new ResultCorrupt(`${file}: the ${what} is ${found}, expected ${expected}`);
 }
 
-/** Why there is no marker: the job's own reason where it failed. */
+/** Why there is no marker: the reason of the job that the model's inference ended with, where it failed. */
 async function whyNothing(runId: string, model: string, { state }: AggregateDependencies): Promise<Error> {
-  const jobs: JobItem[] = [];
-  for await (const job of state.jobs(runId)) if (job.model === model) jobs.push(job);
+  const all: JobItem[] = [];
+  for await (const job of state.jobs(runId)) if (job.model === model) all.push(job);
+  const last = JOB_KINDS.findLast((kind) => all.some((job) => kindOf(job) === kind));
+  const jobs = all.filter((job) => kindOf(job) === last);
   const job = jobs.find(({ state }) => state === 'SUCCEEDED') ?? jobs.at(-1);
-  if (job?.state === 'FAILED') {
-    return new JobFailed(`the job ${job.jobName} failed: ${job.reason?.message ?? 'it gave no reason'}`);
-  }
+  if (job?.state === 'FAILED') return new JobFailed(job);
   return new ResultMissing(
     `the job ${job?.jobName ?? `of ${model}`} left nothing for this slide; drop the manifest again to have it done`,
   );
 }
+
+const kindOf = ({ kind = 'process' }: JobItem) => kind;
 
 interface Answer {
   input: AggregateInput;
@@ -237,7 +248,7 @@ async function writeResult(
   const { tiles, tilesObject } = await readAnswer(answer, deps);
   await recordInference(answer, tilesObject, deps);
   const heatmap = await writeHeatmap(answer, tiles, deps);
-  const result = slideResult(answer, tiles, heatmap, deps);
+  const result = slideResult(answer, tiles, await numbersOf(tiles, answer.planned.model), heatmap, deps);
   const key = `${answer.prefix}result.json`;
   const written = await writeJson(deps.s3, { bucket: deps.silver, key }, result);
   return {
@@ -339,9 +350,22 @@ async function readAnswer(
   );
   expectSame('tiles.parquet', 'digest of the model', tiles.metadata.get('modelDigest'), planned.digest);
   expectSame('tiles.parquet', 'number of tiles', tiles.rows, marker.tiles?.kept);
-  expectSame('tiles.parquet', 'number of readable tiles', countReadable(tiles), marker.tiles?.ok);
+  const ok = countReadable(tiles);
+  expectSame('tiles.parquet', 'number of readable tiles', ok, marker.tiles?.ok);
+  const { head } = planned.model;
+  if (head && ok > 0) {
+    expectSame(
+      'complete.json',
+      "outputs of the package's head",
+      names(marker.head?.outputs),
+      head.outputs.join(),
+    );
+    expectSame('complete.json', 'number of tiles of the head', marker.head?.tiles, ok);
+  }
   return { tiles, tilesObject: { ...ref, checksum } };
 }
+
+const names = (numbers: Record<string, number> | undefined) => numbers && Object.keys(numbers).join();
 
 function countReadable({ readable }: TileTable): number {
   let count = 0;
@@ -355,18 +379,26 @@ interface Heatmap {
   bytes: number;
 }
 
-/** The heatmap of the output that the model names, else of its first; none for embeddings and for no tiles. */
+/** What is drawn: the output that the model names, else its head's attention, else its first; of an embedding none of them. */
+function drawnOutput({ heatmap, head, task, outputs }: Model): string | undefined {
+  if (heatmap) return heatmap.output;
+  if (head?.attention) return ATTENTION;
+  return task === 'embedding' ? undefined : outputs[0];
+}
+
+/** The slide's heatmap; none where there is nothing to draw. */
 async function writeHeatmap(
   { planned, prefix, marker }: Answer,
   tiles: TileTable,
   { s3, silver }: AggregateDependencies,
 ): Promise<Heatmap | undefined> {
   const { model } = planned;
-  const output = model.heatmap?.output ?? (model.task === 'embedding' ? undefined : model.outputs[0]);
+  const output = drawnOutput(model);
   if (!output || !marker.slide || !marker.tile || tiles.rows === 0) return undefined;
   const { png, geometry } = await drawHeatmap({
     tiles,
     output,
+    values: await tiles.values(output),
     colormap: model.heatmap?.colormap ?? 'inferno',
     model,
     slide: marker.slide,
@@ -376,32 +408,61 @@ async function writeHeatmap(
   return { geometry, object, bytes: png.byteLength };
 }
 
+/** What the tiles come to, output after output. */
+async function numbersOf(
+  tiles: TileTable,
+  model: Model,
+): Promise<Pick<SlideResult, 'aggregates' | 'outputs' | 'classes'>> {
+  const given = aggregatesOf(model);
+  const vote = model.task === 'classification' ? new Vote(tiles) : undefined;
+  const outputs: SlideResult['outputs'] = {};
+  for (const name of outputNames(model)) {
+    const values = await tiles.values(name);
+    const numbers = aggregateOutput(tiles, values, model.top_k, given);
+    outputs[name] = numbers;
+    vote?.add(name, values, numbers.mean ?? null);
+  }
+  return {
+    aggregates: { given, asked: inOrder(model.aggregate) },
+    outputs,
+    classes: vote?.count() ?? null,
+  };
+}
+
+/** The head's answer as the container gives it; of classes also the one with the highest number. */
+function headResult(head: NonNullable<Completion['head']>): HeadResult {
+  const classes = Object.keys(head.outputs);
+  const predicted = classes[highest(Object.values(head.outputs))];
+  return { ...head, ...(head.task === 'classification' && predicted && { predicted }) };
+}
+
 function slideResult(
   { input, planned, marker, bronze }: Answer,
   tiles: TileTable,
+  { aggregates, outputs, classes }: Awaited<ReturnType<typeof numbersOf>>,
   heatmap: Heatmap | undefined,
   { codeVersion }: AggregateDependencies,
 ): SlideResult {
   const { model } = planned;
-  const outputs = Object.fromEntries(
-    [...tiles.outputs].map(([name, values]) => [name, aggregateOutput(tiles, values, model.top_k)]),
-  );
-  const means = Object.fromEntries(Object.entries(outputs).map(([name, { mean }]) => [name, mean]));
   const ok = countReadable(tiles);
   return {
     runId: input.run.runId,
     slideId: input.slide.slideId,
     slide: input.slide.slide,
     model: { name: planned.name, version: planned.version, digest: planned.digest, task: model.task },
+    mode: marker.mode ?? 'processing',
+    ...(marker.tileset && { tileset: marker.tileset }),
     tiles: {
       grid: marker.tiles?.grid ?? tiles.rows,
       kept: tiles.rows,
       ok,
       unreadable: tiles.rows - ok,
     },
+    aggregates,
     outputs,
     topK: model.top_k,
-    classes: model.task === 'classification' ? vote(tiles, means) : null,
+    classes,
+    head: marker.head ? headResult(marker.head) : null,
     note: noteOn(tiles.rows, ok),
     tissueAreaMm2: marker.tissue?.areaMm2 ?? 0,
     tile: marker.tile ?? null,
@@ -434,18 +495,19 @@ function noteOn(kept: number, ok: number): string | null {
   return null;
 }
 
-/** The columns that the model's author chose, for tables and the report. */
+/** The columns that the model's author chose, for tables and the report; an embedding's numbers are for programs. */
 function summaryOf(result: SlideResult, { model }: PlannedModel, key: string): ResultSummary {
   const outputs: ResultSummary['outputs'] = {};
-  for (const aggregate of AGGREGATES) {
-    if (!model.aggregate.includes(aggregate)) continue;
+  for (const aggregate of model.task === 'embedding' ? [] : result.aggregates.asked) {
     for (const [name, all] of Object.entries(result.outputs))
-      outputs[`${aggregate}_${name}`] = all[aggregate];
+      outputs[`${aggregate}_${name}`] = all[aggregate] ?? null;
   }
   if (result.classes) {
     outputs.predicted_mean = result.classes.predictedByMean;
     outputs.predicted_vote = result.classes.predictedByVote;
   }
+  for (const name of model.head?.outputs ?? []) outputs[`head_${name}`] = result.head?.outputs[name] ?? null;
+  if (model.head?.task === 'classification') outputs.predicted_head = result.head?.predicted ?? null;
   const { kept, ok, unreadable } = result.tiles;
   return {
     model: result.model.name,

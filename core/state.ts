@@ -109,6 +109,11 @@ export class StateTable {
     );
   }
 
+  /** Puts down that the end of a run is on record and told. */
+  async published(runId: string, publishedAt: string): Promise<void> {
+    await this.#update({ pk: runPk(runId), sk: 'RUN' }, { publishedAt }, 'attribute_exists(endedAt)');
+  }
+
   async slide(runId: string, slideId: string): Promise<SlideItem | undefined> {
     const { Item } = await this.#client.send(
       new GetCommand({

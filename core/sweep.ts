@@ -1,7 +1,8 @@
 /**
  * The sweep: looks for what an event alone never tells. A manifest without a run, a slide in Landing that no manifest
- * names, a slide stuck in one state, a run without an end. It changes nothing. Landing and the names of all plans are
- * held against each other as sorted streams, so that a million keys take no more memory than a thousand.
+ * names, a slide stuck in one state, a run without an end. Of these it changes nothing; a SageMaker model that a run
+ * left behind, which nobody would ever use, it deletes. Landing and the names of all plans are held against each other
+ * as sorted streams, so that a million keys take no more memory than a thousand.
  */
 import { HeadObjectCommand, paginateListObjectsV2, type S3Client } from '@aws-sdk/client-s3';
 import type { PlannedSlide, RunItem, SlideState } from './contracts.ts';
@@ -22,6 +23,20 @@ export interface SweepLimits {
   runHours: number;
 }
 
+interface ServedModel {
+  name: string;
+  arn: string;
+  since: Date;
+}
+
+/** SageMaker's models of this deployment. */
+export interface ServedModels {
+  list(): AsyncIterable<ServedModel>;
+  /** The run that it was made for; undefined when it does not say, or is gone. */
+  runOf(model: ServedModel): Promise<string | undefined>;
+  remove(model: ServedModel): Promise<void>;
+}
+
 export interface SweepDependencies {
   s3: S3Client;
   state: StateTable;
@@ -30,6 +45,7 @@ export interface SweepDependencies {
   limits: SweepLimits;
   /** Whether an execution still runs; false also when it is no longer known. */
   isRunning(executionArn: string): Promise<boolean>;
+  models: ServedModels;
   /** A folder for what does not fit into memory. */
   folder: string;
   now(): Date;
@@ -54,6 +70,8 @@ export interface Sweep {
     byState: Partial<Record<SlideState, number>>;
   };
   endlessRuns: Findings<{ runId: string; since: string; why: 'execution ended' | 'too long' }>;
+  /** Deleted by this sweep. */
+  leftModels: Findings<{ name: string; runId: string; since: string }>;
 }
 
 /** As many of each kind as the summary names. */
@@ -85,6 +103,7 @@ export async function sweep(dependencies: SweepDependencies): Promise<Sweep> {
     unnamedSlides: { count: 0, first: [] },
     stuckSlides: { count: 0, first: [], byState: {} },
     endlessRuns: { count: 0, first: [] },
+    leftModels: { count: 0, first: [] },
   };
 
   const claimed = new Map<string, Set<string>>();
@@ -97,7 +116,7 @@ export async function sweep(dependencies: SweepDependencies): Promise<Sweep> {
       const versions = claimed.get(manifest.key) ?? new Set();
       claimed.set(manifest.key, versions.add(manifest.versionId ?? manifest.etag));
     }
-    if (run.state === 'RUNNING') await sweepRun(run, found, older, dependencies);
+    if (!run.publishedAt) await sweepRun(run, found, older, dependencies);
   }
 
   const names = new Spool<null>(folder);
@@ -123,6 +142,7 @@ export async function sweep(dependencies: SweepDependencies): Promise<Sweep> {
   } finally {
     await names.remove();
   }
+  await sweepModels(found, dependencies);
   await writeJson(s3, { bucket: silver, key: sweepKey(found.at.slice(0, 10)) }, found);
   return found;
 }
@@ -144,7 +164,7 @@ async function sweepRun(
   found.looked.running += 1;
   if (!(await isRunning(seen.executionArn))) {
     // It may have come to its end since it was listed.
-    if ((await state.run(runId))?.state === 'RUNNING') {
+    if (!(await state.run(runId))?.publishedAt) {
       add(found.endlessRuns, { runId, since, why: 'execution ended' });
     }
     return;
@@ -155,6 +175,18 @@ async function sweepRun(
     if (isFinal(at) || at === 'MISSING' || !older(new Date(updatedAt), limits.stuckHours * HOUR)) continue;
     add(found.stuckSlides, { runId, slideId, state: at, since: updatedAt });
     found.stuckSlides.byState[at] = (found.stuckSlides.byState[at] ?? 0) + 1;
+  }
+}
+
+/** Deletes the models of runs whose execution has ended, however that came about. */
+async function sweepModels(found: Sweep, { state, models, isRunning }: SweepDependencies): Promise<void> {
+  for await (const model of models.list()) {
+    const runId = await models.runOf(model);
+    if (runId === undefined) continue;
+    const run = await state.run(runId);
+    if (run && (await isRunning(run.executionArn))) continue;
+    await models.remove(model);
+    add(found.leftModels, { name: model.name, runId, since: model.since.toISOString() });
   }
 }
 

@@ -4,7 +4,7 @@
  */
 import { existsSync } from 'node:fs';
 import { readFile, stat } from 'node:fs/promises';
-import { basename, dirname, join, relative, resolve } from 'node:path';
+import { basename, dirname, join, resolve } from 'node:path';
 import { setTimeout as wait } from 'node:timers/promises';
 import type { RunItem, RunState } from '../../core/contracts.ts';
 import { ManifestInvalid } from '../../core/errors.ts';
@@ -14,6 +14,7 @@ import { attachLocalAws } from '../../local/engine.ts';
 import { type Deployment, openDeployment, type Place, placeOf } from '../deployment.ts';
 import { findSlides, makeManifest, withModel } from '../manifest.ts';
 import { ModelVersionTaken, modelFor, registerModel } from '../models.ts';
+import { shortPath } from '../paths.ts';
 import { block, Teller } from '../progress.ts';
 import { download, readAnswers, resultsTable } from '../results.ts';
 import { bytes, duration, EXIT, plural, type Screen, UserError, usageError } from '../terminal.ts';
@@ -222,7 +223,9 @@ async function manifestWith(
   screen: Screen,
 ): Promise<Uint8Array> {
   if (model === undefined) return study.manifest;
-  const wanted = await modelFor(s3, outputs.ModelsBucket, model);
+  const wanted = await screen.task(`Looking up the model ${model}`, (at) =>
+    modelFor(s3, outputs.ModelsBucket, model, { onProgress: (sent) => at(`${bytes(sent)} registered`) }),
+  );
   try {
     filesOf(study.manifest, []);
   } catch (error) {
@@ -370,8 +373,3 @@ export const exitCodeOf = (state: RunState): number =>
 
 const verdict = ({ state }: RunItem, { paint }: Screen): string =>
   paint(state === 'SUCCEEDED' ? 'green' : state === 'PARTIAL' ? 'yellow' : 'red', state);
-
-function shortPath(path: string): string {
-  const short = relative(process.cwd(), path);
-  return short !== '' && !short.startsWith('..') ? short : path;
-}

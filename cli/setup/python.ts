@@ -26,10 +26,11 @@ const DEBIAN_PYTHON = '/usr/bin/python3';
 /** What proves that an environment is whole. */
 const MODULES = ['boto3', 'numpy', 'openslide', 'PIL', 'torch'];
 const TEST_MODULES = ['pytest', 'skimage', 'tifffile'];
-/** The same from Debian; what it lacks (compressed Parquet) the container does without. */
+/** The same from Debian; what it lacks (compressed Parquet, ONNX models) the container does without. */
 const DEBIAN_PACKAGES = [
   'python3-venv',
   'python3-boto3',
+  'python3-h5py',
   'python3-numpy',
   'python3-openslide',
   'python3-pil',
@@ -196,7 +197,7 @@ async function requirements(python: string, test: boolean): Promise<string[]> {
 import json, sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 extras = project.get("optional-dependencies", {})
-runtime = project["dependencies"] + extras["native"] + extras["fast"]
+runtime = project["dependencies"] + extras["native"] + extras["fast"] + extras["models"]
 print(json.dumps({"runtime": runtime, "test": extras["test"]}))`;
   const [line = '{}'] = await command(python, ['-c', script, PYPROJECT]);
   const lists = z.object({ runtime: z.array(z.string()), test: z.array(z.string()) }).parse(JSON.parse(line));

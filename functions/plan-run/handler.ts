@@ -12,6 +12,7 @@ const dependencies = {
   lineage: lineage(),
   silverBucket: environment('SILVER_BUCKET'),
   modelsBucket: environment('MODELS_BUCKET'),
+  allowModelCode: environment('ALLOW_MODEL_CODE') === 'true',
   codeVersion: environment('CODE_VERSION'),
   late: late(),
   names: parseNameTemplate(environment('CANONICAL_NAME')),

@@ -1,7 +1,7 @@
-/** Records how an inference job ended; see README.md. */
+/** Records how a job of a run ended; see README.md. */
 import { MetricUnit } from '@aws-lambda-powertools/metrics';
 import { z } from 'zod';
-import { inferenceJobSchema, runContextSchema } from '../../core/contracts.ts';
+import { inferenceJobSchema, jobKindSchema, runContextSchema } from '../../core/contracts.ts';
 import { recordJob } from '../../core/jobs.ts';
 import { handle, lineage, metrics, stateTable } from '../runtime.ts';
 
@@ -9,7 +9,11 @@ const time = z.union([z.string(), z.number()]);
 const inputSchema = z.object({
   run: runContextSchema,
   job: inferenceJobSchema,
+  kind: jobKindSchema,
   attempt: z.number().int(),
+  transform: z
+    .object({ instanceType: z.string().optional(), instanceCount: z.number().int().optional() })
+    .optional(),
   done: z
     .object({
       jobName: z.string(),

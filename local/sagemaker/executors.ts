@@ -10,7 +10,6 @@ import { basename, delimiter, dirname, join } from 'node:path';
 import { promisify } from 'node:util';
 import { LOCAL_REGION } from '../types.ts';
 import { containerStart } from './dockerfile.ts';
-import type { ProcessingJobRequest } from './requests.ts';
 
 const execute = promisify(execFile);
 
@@ -21,18 +20,30 @@ export interface Command {
   env: Record<string, string>;
   /** Name of the Docker container that the command starts, which may outlive it: see {@link removeContainer}. */
   container?: string;
+  /** The Unix socket at which the container serves, where it has no port of this machine. */
+  socket?: string;
 }
 
 /** One instance of a job, to be run. */
 export interface Instance {
-  request: ProcessingJobRequest;
+  /** The job's name. */
+  job: string;
   host: string;
   /** What the container sees as /opt/ml. */
   folder: string;
+  imageUri: string;
   /** The image's folder in the repository: Dockerfile and code. */
   container: string;
+  /** In place of the image's own. */
+  entrypoint?: string[] | undefined;
+  arguments?: string[] | undefined;
+  environment: Record<string, string>;
+  /** Without network and credentials. */
+  isolated: boolean;
   credentials: { accessKeyId: string; secretAccessKey: string };
   endpoint: string;
+  /** For a container that serves: where on this machine it is to be reached. */
+  serve?: { port: number; socket: string };
 }
 
 export interface Executor {
@@ -43,16 +54,17 @@ export interface Executor {
 /** Variables of this machine without which programs do not run, or do not show text rightly. */
 const ESSENTIAL = ['PATH', 'HOME', 'LANG', 'LC_ALL', 'TMPDIR', 'SYSTEMROOT'];
 
-const isolated = (request: ProcessingJobRequest) => request.NetworkConfig?.EnableNetworkIsolation === true;
+/** The port on which SageMaker expects a container to serve. */
+const SERVE_PORT = 8080;
 
 /** What SageMaker puts into the container's environment; an isolated container gets no credentials. */
-function jobEnvironment({ request, credentials, endpoint }: Instance): Record<string, string> {
+function jobEnvironment({ environment, isolated, credentials, endpoint }: Instance): Record<string, string> {
   return {
-    ...request.Environment,
+    ...environment,
     AWS_REGION: LOCAL_REGION,
     AWS_DEFAULT_REGION: LOCAL_REGION,
     AWS_EC2_METADATA_DISABLED: 'true',
-    ...(!isolated(request) && {
+    ...(!isolated && {
       AWS_ENDPOINT_URL: endpoint,
       AWS_ACCESS_KEY_ID: credentials.accessKeyId,
       AWS_SECRET_ACCESS_KEY: credentials.secretAccessKey,
@@ -61,6 +73,7 @@ function jobEnvironment({ request, credentials, endpoint }: Instance): Record<st
 }
 
 const OPT_ML = join(import.meta.dirname, 'opt-ml.sh');
+const ISOLATED = join(import.meta.dirname, 'isolated.py');
 
 export class ProcessExecutor implements Executor {
   readonly #python: string;
@@ -76,12 +89,11 @@ export class ProcessExecutor implements Executor {
   }
 
   async command(instance: Instance): Promise<Command> {
-    const { request, folder, container } = instance;
-    const app = request.AppSpecification;
+    const { folder, container, serve } = instance;
     const image = containerStart(container);
-    const entrypoint = app.ContainerEntrypoint ?? image.entrypoint;
-    const defaults = app.ContainerEntrypoint ? [] : image.cmd;
-    const [head, ...rest] = [...entrypoint, ...(app.ContainerArguments ?? defaults)];
+    const entrypoint = instance.entrypoint ?? image.entrypoint;
+    const defaults = instance.entrypoint ? [] : image.cmd;
+    const [head, ...rest] = [...entrypoint, ...(instance.arguments ?? defaults)];
     if (head === undefined) throw new Error(`${join(container, 'Dockerfile')} names no ENTRYPOINT`);
     const program = /^python3?(\.\d+)?$/.test(basename(head)) ? this.#python : head;
 
@@ -102,15 +114,21 @@ export class ProcessExecutor implements Executor {
       ...jobEnvironment(instance),
     };
 
+    // Several servers share this machine's ports, so each is told its own.
+    const bound = serve ? { ...env, SAGEMAKER_BIND_TO_PORT: String(serve.port) } : env;
     const unshare = await this.#probe();
     if (unshare === null)
-      return { argv: [program, ...rest], cwd: container, env: { ...env, SLIDEWAY_ML_ROOT: folder } };
+      return { argv: [program, ...rest], cwd: container, env: { ...bound, SLIDEWAY_ML_ROOT: folder } };
     const [tool = '', ...flags] = unshare;
-    const network = isolated(request) ? ['--net'] : [];
+    const inside = [...flags, ...(instance.isolated ? ['--net'] : []), 'sh', OPT_ML, folder, this.#aside];
+    if (!serve || !instance.isolated)
+      return { argv: [tool, ...inside, program, ...rest], cwd: container, env: bound };
+    const port = String(SERVE_PORT);
     return {
-      argv: [tool, ...flags, ...network, 'sh', OPT_ML, folder, this.#aside, program, ...rest],
+      argv: [tool, ...inside, this.#python, '-B', '-I', ISOLATED, serve.socket, port, program, ...rest],
       cwd: container,
       env,
+      socket: serve.socket,
     };
   }
 
@@ -185,13 +203,21 @@ export class DockerExecutor implements Executor {
   }
 
   async command(instance: Instance): Promise<Command> {
-    const { request, folder } = instance;
-    const app = request.AppSpecification;
-    const image = await this.image(app.ImageUri);
-    if (image === null) throw new Error(`no container engine answers, or it has no image ${app.ImageUri}`);
-    const [entrypoint, ...rest] = app.ContainerEntrypoint ?? [];
+    const { imageUri, folder, isolated, serve } = instance;
+    const image = await this.image(imageUri);
+    if (image === null) throw new Error(`no container engine answers, or it has no image ${imageUri}`);
+    const [entrypoint, ...rest] = instance.entrypoint ?? [];
     const container = containerName(instance);
-    const variables = jobEnvironment(instance);
+    const variables = {
+      ...jobEnvironment(instance),
+      ...(serve && !isolated && { SAGEMAKER_BIND_TO_PORT: String(serve.port) }),
+    };
+    // A server without network must still be reached: it gets a bridge and one published port, but no credentials.
+    const network = !isolated
+      ? ['--network', 'host']
+      : serve
+        ? ['--publish', `127.0.0.1:${serve.port}:${SERVE_PORT}`]
+        : ['--network', 'none'];
     const env: Record<string, string> = { ...variables };
     for (const name of [...ESSENTIAL, 'DOCKER_HOST', 'DOCKER_CONTEXT', 'DOCKER_CONFIG']) {
       const value = process.env[name];
@@ -204,8 +230,7 @@ export class DockerExecutor implements Executor {
         '--rm',
         '--name',
         container,
-        '--network',
-        isolated(request) ? 'none' : 'host',
+        ...network,
         '--shm-size',
         '2g',
         ...(await this.#gpus()),
@@ -216,7 +241,7 @@ export class DockerExecutor implements Executor {
         ...(entrypoint === undefined ? [] : ['--entrypoint', entrypoint]),
         image,
         ...rest,
-        ...(app.ContainerArguments ?? []),
+        ...(instance.arguments ?? []),
       ],
       cwd: folder,
       env,
@@ -237,11 +262,7 @@ export async function removeContainer(name: string): Promise<void> {
 }
 
 /** Docker's names are the machine's, job names the state folder's: the folder's hash keeps two engines apart. */
-export function containerName({
-  request,
-  host,
-  folder,
-}: Pick<Instance, 'request' | 'host' | 'folder'>): string {
+export function containerName({ job, host, folder }: Pick<Instance, 'job' | 'host' | 'folder'>): string {
   const hash = createHash('sha256').update(folder).digest('hex').slice(0, 12);
-  return `${request.ProcessingJobName}-${host}-${hash}`;
+  return `${job}-${host}-${hash}`;
 }

@@ -2,10 +2,10 @@
  * The jobs on disk: one JSON record a job, beside the job's folders, replaced whole by a rename so that an end of
  * the engine at any moment leaves the old one or the new one.
  */
-import { mkdirSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { ProcessMark } from './processes.ts';
-import type { ProcessingJobRequest, Tag } from './requests.ts';
+import type { Tag } from './requests.ts';
 
 export type JobStatus = 'InProgress' | 'Completed' | 'Failed' | 'Stopping' | 'Stopped';
 
@@ -21,9 +21,9 @@ export interface InstanceRecord {
 }
 
 /** Times are epoch seconds, as on the wire. */
-export interface JobRecord {
+export interface JobRecord<Request = object> {
   /** The request as it came, tags included. */
-  request: ProcessingJobRequest;
+  request: Request;
   arn: string;
   status: JobStatus;
   creationTime: number;
@@ -38,9 +38,18 @@ export interface JobRecord {
   fault?: string;
 }
 
-export class JobRecords {
+/** What the ARN ends in: the name, unique among its kind. */
+export const nameOf = ({ arn }: { arn: string }) => arn.slice(arn.indexOf('/') + 1);
+
+interface Kept {
+  arn: string;
+  lastModifiedTime: number;
+}
+
+/** Records of one kind (jobs, models) in a folder of their own, `<name>/job.json` each. */
+export class Records<Kind extends Kept> {
   readonly #folder: string;
-  readonly #records = new Map<string, JobRecord>();
+  readonly #records = new Map<string, Kind>();
 
   /** Reads every record under `folder`. */
   constructor(folder: string) {
@@ -61,27 +70,37 @@ export class JobRecords {
     return join(this.#folder, name, 'job.json');
   }
 
-  get(name: string): JobRecord | undefined {
+  get(name: string): Kind | undefined {
     return this.#records.get(name);
   }
 
-  all(): JobRecord[] {
+  all(): Kind[] {
     return [...this.#records.values()];
   }
 
-  /** The job's folder for one instance, which its container sees as /opt/ml. */
-  instanceFolder(job: JobRecord, host: string): string {
-    return join(this.#folder, job.request.ProcessingJobName, host);
+  /** The record's own folder. */
+  folder(record: Kind): string {
+    return join(this.#folder, nameOf(record));
+  }
+
+  /** A job's folder for one instance, which its container sees as /opt/ml. */
+  instanceFolder(record: Kind, host: string): string {
+    return join(this.folder(record), host);
   }
 
   /** Puts the record on disk; returns when it is there. */
-  save(job: JobRecord): void {
-    const name = job.request.ProcessingJobName;
-    job.lastModifiedTime = Date.now() / 1000;
-    mkdirSync(join(this.#folder, name), { recursive: true });
+  save(record: Kind): void {
+    const name = nameOf(record);
+    record.lastModifiedTime = Date.now() / 1000;
+    mkdirSync(this.folder(record), { recursive: true });
     const path = this.#path(name);
-    writeFileSync(`${path}.tmp`, JSON.stringify(job, null, 2));
+    writeFileSync(`${path}.tmp`, JSON.stringify(record, null, 2));
     renameSync(`${path}.tmp`, path);
-    this.#records.set(name, job);
+    this.#records.set(name, record);
+  }
+
+  remove(record: Kind): void {
+    rmSync(this.folder(record), { recursive: true, force: true });
+    this.#records.delete(nameOf(record));
   }
 }

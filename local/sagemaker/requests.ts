@@ -1,8 +1,8 @@
 /**
- * Checks a job's request as the real service does, before anything runs: against the constraints of AWS's own
+ * Checks a Processing job's request as the real service does, before anything runs: against the constraints of AWS's own
  * service model, then against what those cannot say, then against what the local service does not do.
  */
-import { LOCAL_ACCOUNT, LOCAL_REGION, UnsupportedLocally } from '../types.ts';
+import { UnsupportedLocally } from '../types.ts';
 import { invalid, memberPath, type ServiceModel, violation } from './service-model.ts';
 
 export interface Tag {
@@ -139,6 +139,3 @@ export function checkProcessingJob(
     checkLocalPath(item.S3Output.LocalPath, `${path}.s3Output.localPath`);
   });
 }
-
-export const processingJobArn = (name: string) =>
-  `arn:aws:sagemaker:${LOCAL_REGION}:${LOCAL_ACCOUNT}:processing-job/${name}`;

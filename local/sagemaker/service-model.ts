@@ -7,7 +7,7 @@ import { glob, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { gunzip } from 'node:zlib';
-import { ProcessingInstanceType } from '@aws-sdk/client-sagemaker';
+import { ProcessingInstanceType, TransformInstanceType } from '@aws-sdk/client-sagemaker';
 import { z } from 'zod';
 import { ServiceError } from '../types.ts';
 
@@ -39,6 +39,7 @@ const modelSchema = z.object({
 /** Values that an old botocore, such as Debian's, does not know of; the SDK of this project is newer. */
 const NEWER: Record<string, readonly string[]> = {
   ProcessingInstanceType: Object.values(ProcessingInstanceType),
+  TransformInstanceType: Object.values(TransformInstanceType),
 };
 
 /**

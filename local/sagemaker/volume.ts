@@ -7,8 +7,10 @@ import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises';
 import { dirname, join, relative, sep } from 'node:path';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
+import { createGunzip } from 'node:zlib';
 import { GetObjectCommand, paginateListObjectsV2, type S3Client } from '@aws-sdk/client-s3';
 import { Upload } from '@aws-sdk/lib-storage';
+import { extract } from 'tar-stream';
 import type { ProcessingJobRequest, S3Input } from './requests.ts';
 
 const OPT_ML = '/opt/ml/';
@@ -23,17 +25,10 @@ export class ClientError extends Error {
   }
 }
 
-/** Hosts of a job, in the order of their numbers. */
-export const hostsOf = (request: ProcessingJobRequest) =>
-  Array.from(
-    { length: request.ProcessingResources.ClusterConfig.InstanceCount },
-    (_, index) => `algo-${index + 1}`,
-  );
-
 /** Where a path of the container lies on this machine. */
 const onMachine = (folder: string, path: string) => join(folder, path.slice(OPT_ML.length));
 
-function splitUri(uri: string): { bucket: string; key: string } {
+export function splitUri(uri: string): { bucket: string; key: string } {
   const [, bucket = '', key = ''] = /^(?:s3|https):\/\/([^/]+)\/?(.*)$/s.exec(uri) ?? [];
   return { bucket, key };
 }
@@ -47,10 +42,11 @@ async function inParallel<T>(items: T[], work: (item: T) => Promise<void>): Prom
   );
 }
 
-interface Download {
+/** An object that a job is given. */
+export interface Download {
   bucket: string;
   key: string;
-  /** Relative to the input's folder. */
+  /** Relative to the prefix that the input names, or that its manifest names. */
   name: string;
 }
 
@@ -60,7 +56,7 @@ function nameBelow(prefix: string, key: string): string {
   return key.slice(prefix.lastIndexOf('/') + 1);
 }
 
-async function underPrefix(s3: S3Client, uri: string, signal: AbortSignal): Promise<Download[]> {
+export async function underPrefix(s3: S3Client, uri: string, signal: AbortSignal): Promise<Download[]> {
   const { bucket, key: prefix } = splitUri(uri);
   const found: Download[] = [];
   // Folder markers hold nothing.
@@ -75,7 +71,7 @@ async function underPrefix(s3: S3Client, uri: string, signal: AbortSignal): Prom
   return found;
 }
 
-async function inManifest(s3: S3Client, uri: string, signal: AbortSignal): Promise<Download[]> {
+export async function inManifest(s3: S3Client, uri: string, signal: AbortSignal): Promise<Download[]> {
   const { bucket, key } = splitUri(uri);
   const { Body } = await s3.send(new GetObjectCommand({ Bucket: bucket, Key: key }), { abortSignal: signal });
   const malformed = new ClientError(
@@ -134,14 +130,14 @@ async function layOutInput(
  * earlier attempt of the container left there stays, so that it can go on. Throws {@link ClientError}.
  */
 export async function layOut(
-  job: { request: ProcessingJobRequest; arn: string },
+  job: { request: ProcessingJobRequest; arn: string; instances: { host: string }[] },
   host: string,
   folder: string,
   s3: S3Client,
   signal: AbortSignal,
 ): Promise<void> {
   const { Tags: _tags, ...request } = job.request;
-  const hosts = hostsOf(request);
+  const hosts = job.instances.map((instance) => instance.host);
   await mkdir(join(folder, 'config'), { recursive: true });
   await mkdir(join(folder, 'output'), { recursive: true });
   // A message of an earlier attempt says nothing of this one.
@@ -172,6 +168,54 @@ export async function layOut(
         cause: error,
       });
     }
+  }
+}
+
+/**
+ * Makes `folder` what a container that serves finds at /opt/ml: the model package, unpacked in `model/`. Throws
+ * {@link ClientError}.
+ */
+export async function layOutModel(
+  uri: string | undefined,
+  folder: string,
+  s3: S3Client,
+  signal: AbortSignal,
+): Promise<void> {
+  const target = join(folder, 'model');
+  await rm(target, { recursive: true, force: true });
+  await mkdir(target, { recursive: true });
+  if (uri === undefined) return;
+  const { bucket, key } = splitUri(uri);
+  const unpack = extract();
+  unpack.on('entry', ({ name, type }, stream, next) => {
+    const path = join(target, name);
+    if (type === 'directory') {
+      stream.resume();
+      stream.on('end', next);
+      return;
+    }
+    const outside = relative(target, path).startsWith('..');
+    if (type !== 'file' || outside) {
+      // Told to both; the pipeline below throws it.
+      stream.on('error', () => undefined);
+      unpack.destroy(new Error(outside ? `${name} would leave the folder` : `${name} is no plain file`));
+      return;
+    }
+    mkdir(dirname(path), { recursive: true })
+      .then(() => pipeline(stream, createWriteStream(path)))
+      .then(() => next(), next);
+  });
+  try {
+    const { Body } = await s3.send(new GetObjectCommand({ Bucket: bucket, Key: key }), {
+      abortSignal: signal,
+    });
+    await pipeline(Body as Readable, createGunzip(), unpack, { signal });
+  } catch (error) {
+    if (signal.aborted) throw error;
+    const { name, message } = error as Error;
+    throw new ClientError(`Failed to extract model data archive from URL "${uri}". ${name}: ${message}`, {
+      cause: error,
+    });
   }
 }
 

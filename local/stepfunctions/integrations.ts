@@ -1,14 +1,20 @@
 /**
- * What a Task state can call, one entry a resource: Lambda functions, and jobs that are awaited (`.sync`).
+ * What a Task state can call, one entry a resource: Lambda functions, jobs that are awaited (`.sync`), and single calls.
  * Calls are made with the state machine's role, so that its policies count.
  */
 import { randomUUID } from 'node:crypto';
 import {
+  CreateModelCommand,
   CreateProcessingJobCommand,
   type CreateProcessingJobCommandInput,
+  CreateTransformJobCommand,
+  type CreateTransformJobCommandInput,
+  DeleteModelCommand,
   DescribeProcessingJobCommand,
+  DescribeTransformJobCommand,
   SageMakerClient,
   StopProcessingJobCommand,
+  StopTransformJobCommand,
 } from '@aws-sdk/client-sagemaker';
 import { LOCAL_ACCOUNT, LOCAL_REGION, ServiceError, UnsupportedLocally } from '../types.ts';
 import { Interrupted, StateError } from './errors.ts';
@@ -93,6 +99,32 @@ const INTEGRATIONS: Record<string, Integration> = {
     },
     stop: (client, name) => client.send(new StopProcessingJobCommand({ ProcessingJobName: name })),
   }),
+  'arn:aws:states:::sagemaker:createTransformJob.sync': sageMakerJob<CreateTransformJobCommandInput>({
+    action: 'createTransformJob.sync',
+    name: (input) => input.TransformJobName,
+    create: (client, input) => client.send(new CreateTransformJobCommand(input)),
+    async describe(client, name) {
+      const description = await client.send(new DescribeTransformJobCommand({ TransformJobName: name }));
+      return { status: description.TransformJobStatus, description };
+    },
+    stop: (client, name) => client.send(new StopTransformJobCommand({ TransformJobName: name })),
+  }),
+  'arn:aws:states:::sagemaker:createModel': sageMakerCall(
+    'createModel',
+    (client, input) => client.send(new CreateModelCommand(input as never)),
+    (error) => sageMakerFailure(error),
+  ),
+  // Step Functions has no integration of its own for these two; the SDK's has other names for errors.
+  'arn:aws:states:::aws-sdk:sagemaker:deleteModel': sageMakerCall(
+    'deleteModel',
+    (client, input) => client.send(new DeleteModelCommand(input as never)),
+    (error) => sdkFailure(error),
+  ),
+  'arn:aws:states:::aws-sdk:sagemaker:stopTransformJob': sageMakerCall(
+    'stopTransformJob',
+    (client, input) => client.send(new StopTransformJobCommand(input as never)),
+    (error) => sdkFailure(error),
+  ),
 };
 
 export const integrationOf = (resource: string): Integration | undefined =>
@@ -161,21 +193,49 @@ function sageMakerJob<Input extends { Tags?: Tag[] | undefined }>(kind: JobKind<
     express: false,
     // SageMaker itself rejects what it does not know.
     check() {},
-    async call(call, services) {
-      const client = new SageMakerClient({
-        endpoint: services.endpoint(),
-        region: LOCAL_REGION,
-        credentials: services.credentials(call.roleArn),
-        // Errors are for the state's Retry, as on AWS.
-        maxAttempts: 1,
-      });
-      try {
-        return await runJob(kind, client, call, services);
-      } finally {
-        client.destroy();
-      }
-    },
+    call: (call, services) => withClient(call, services, (client) => runJob(kind, client, call, services)),
   };
+}
+
+/** One call that is answered at once. */
+function sageMakerCall(
+  action: string,
+  send: (client: SageMakerClient, input: unknown) => Promise<object>,
+  failure: (error: unknown) => unknown,
+): Integration {
+  return {
+    type: 'sagemaker',
+    action,
+    express: true,
+    check() {},
+    call: (call, services) =>
+      withClient(call, services, async (client) => {
+        try {
+          return pascalDescription(await unlessAborted(send(client, call.input), call.signal));
+        } catch (error) {
+          throw call.signal.aborted ? error : failure(error);
+        }
+      }),
+  };
+}
+
+async function withClient<Result>(
+  { roleArn }: Call,
+  services: Services,
+  work: (client: SageMakerClient) => Promise<Result>,
+): Promise<Result> {
+  const client = new SageMakerClient({
+    endpoint: services.endpoint(),
+    region: LOCAL_REGION,
+    credentials: services.credentials(roleArn),
+    // Errors are for the state's Retry, as on AWS.
+    maxAttempts: 1,
+  });
+  try {
+    return await work(client);
+  } finally {
+    client.destroy();
+  }
 }
 
 async function runJob<Input extends { Tags?: Tag[] | undefined }>(
@@ -243,6 +303,14 @@ function sageMakerFailure(error: unknown): unknown {
   const name =
     known === undefined ? 'AmazonSageMakerException' : `${known.replace(/Exception$/, '')}Exception`;
   return new StateError(`SageMaker.${name}`, serviceCause('AmazonSageMaker', error));
+}
+
+/** Errors that the SDK for Java has no class for come under the service's general name. */
+function sdkFailure(error: unknown): unknown {
+  if (!(error instanceof Error)) return error;
+  const known = NAMED.find((name) => error.name === name || error.name === `${name}Exception`);
+  const name = known === undefined ? 'SageMakerException' : `${known.replace(/Exception$/, '')}Exception`;
+  return new StateError(`SageMaker.${name}`, serviceCause('SageMaker', error));
 }
 
 function serviceCause(service: string, error: Error): string {

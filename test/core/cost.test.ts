@@ -1,10 +1,13 @@
 import { readFile } from 'node:fs/promises';
 import { describe, expect, it } from 'vitest';
-
-import { costOf, TRANSITIONS, transitionsOf } from '../../core/cost.ts';
+import type { JobKind } from '../../core/contracts.ts';
+import { type CountedRun, costOf, TRANSITIONS, transitionsOf } from '../../core/cost.ts';
 import { PRICES, parsePrices } from '../../core/prices.ts';
 
-const job = { instanceType: 'ml.g5.xlarge', instanceCount: 2, instanceSeconds: 3600 };
+const job: CountedRun['jobs'][number] = {
+  ...{ kind: 'process', model: 'm', state: 'SUCCEEDED' },
+  ...{ instanceType: 'ml.g5.xlarge', instanceCount: 2, instanceSeconds: 3600 },
+};
 const run = { rows: 10, expected: 8, inferred: 7, jobs: [job], requests: { s3Put: 1000, s3Get: 10_000 } };
 
 describe('the cost of a run', () => {
@@ -12,10 +15,23 @@ describe('the cost of a run', () => {
     const cost = costOf(run);
     expect(cost.instanceSeconds).toBe(3600);
     expect(cost.requests).toEqual({ lambda: 20, s3Get: 10_000, s3Put: 1000 });
-    expect(cost.transitions).toBe(7 + 3 + 20 + 16 + 2 + 2);
-    expect(cost.estimatedUsd).toBeCloseTo(1.408 + 0.005 + 0.004 + 50 * 0.000025 + 20 * 2e-7, 6);
+    expect(cost.transitions).toBe(7 + 3 + 20 + 16 + 2 + 5);
+    expect(cost.estimatedUsd).toBeCloseTo(1.408 + 0.005 + 0.004 + 53 * 0.000025 + 20 * 2e-7, 6);
     expect(cost.prices).toBe(PRICES.date);
     expect(cost.unpriced).toEqual([]);
+  });
+
+  it('counts what each model in transform mode takes, and what a job that failed adds', () => {
+    const of = (kind: JobKind, model: string, state: 'SUCCEEDED' | 'FAILED' = 'SUCCEEDED') => ({
+      ...{ ...job, kind, model, state },
+    });
+    const jobs = [of('tile', 'a'), of('transform', 'a', 'FAILED'), of('transform', 'a'), of('join', 'a')];
+    const cost = costOf({ ...run, jobs: [...jobs, of('tile', 'b')] });
+    // a: tiling, two rounds with a failure, a model made and deleted, joining; b: tiling that left nothing to score.
+    expect(cost.transitions).toBe(7 + 3 + 20 + 16 + 2 + (7 + 6 + 1 + 6 + 2 + 4 + 2) + (7 + 2));
+    // Five jobs on record, and plan-transform four times.
+    expect(cost.requests.lambda).toBe(4 + 8 + 7 + 5 + 4);
+    expect(cost.instanceSeconds).toBe(5 * 3600);
   });
 
   it('names the instance types that it has no price for, and still counts their time', () => {
@@ -40,7 +56,7 @@ describe('the cost of a run', () => {
   it('counts states that the state machine has', async () => {
     const source = await readFile(new URL('../../core/cost.ts', import.meta.url), 'utf8');
     const machine = await readFile(new URL('../../statemachines/slide-run.asl.yml', import.meta.url), 'utf8');
-    const documented = [...source.matchAll(/^ {2}\/\*\* (.*)\. \*\/$/gm)].flatMap(([, names]) =>
+    const documented = [...source.matchAll(/^ {2}\/\*\* (.*?)\.? \*\/$/gm)].flatMap(([, names]) =>
       (names ?? '').split(/, then | or |; for .*|, its end|, /).filter((name) => /^[A-Z]/.test(name)),
     );
     expect(documented.length).toBeGreaterThan(10);

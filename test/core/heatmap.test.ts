@@ -10,14 +10,16 @@ import { describe, expect, it } from 'vitest';
 import { COLORMAPS, colourAt } from '../../core/colormaps.ts';
 import { drawHeatmap, type HeatmapInput, scaleBar } from '../../core/heatmap.ts';
 import { readTiles } from '../../core/tiles.ts';
-import { type ExampleTile, MODEL, tilesParquet } from '../support/results.ts';
+import { EMBEDDER, type ExampleTile, MODEL, tilesParquet } from '../support/results.ts';
 
 const SLIDE = { width: 2220, height: 2967, mppX: 0.5, mppY: 0.5 };
 
 async function draw(tiles: ExampleTile[], change: Partial<HeatmapInput> = {}) {
+  const table = await readTiles(tilesParquet(MODEL, tiles, {}), MODEL);
   const { png, geometry } = await drawHeatmap({
-    tiles: await readTiles(tilesParquet(MODEL, tiles, {}), MODEL),
+    tiles: table,
     output: 'haematoxylin_area',
+    values: await table.values('haematoxylin_area'),
     colormap: 'inferno',
     model: MODEL,
     slide: SLIDE,
@@ -112,6 +114,15 @@ describe('the heatmap', () => {
     expect((await draw(tiles(200))).geometry.range).toEqual({ min: 2, max: 198, of: 'p1-p99' });
   });
 
+  it('spans the slide’s own percentiles for attention, whose weights are all small shares of one', async () => {
+    const tiles = Array.from({ length: 101 }, (_, i) => ({ minx: 0, miny: 16 * i, side: 16, values: [0] }));
+    const values = Float32Array.from({ length: 101 }, (_, i) => i / 5050);
+    const { geometry } = await draw(tiles, { model: EMBEDDER, output: 'attention', values });
+    expect(geometry.range.of).toBe('p1-p99');
+    expect(geometry.range.min).toBeCloseTo(1 / 5050, 6);
+    expect(geometry.range.max).toBeCloseTo(99 / 5050, 6);
+  });
+
   it('has a legend below the slide that differs with what it says', async () => {
     const tiles = [{ minx: 0, miny: 0, side: 256, values: [0.5] }];
     const one = await draw(tiles);
@@ -168,6 +179,7 @@ describe('in a Lambda’s bundle, with nothing beside it,', () => {
       const input: HeatmapInput = {
         tiles: await readTiles(tilesParquet(MODEL, [], {}), MODEL),
         output: 'haematoxylin_area',
+        values: new Float32Array(0),
         colormap: 'viridis',
         model: MODEL,
         slide: SLIDE,

@@ -12,6 +12,7 @@ import { balance, jobNameOf, planInference } from '../../core/inference.ts';
 import { causeMessage, failSlide, recordJob } from '../../core/jobs.ts';
 import { inferenceKey, planKey, shardKey, slidesKey } from '../../core/keys.ts';
 import { readJson, readLines, writeJson, writeLines } from '../../core/store.ts';
+import { inferenceConfig } from '../support/inference.ts';
 import { MODEL, RUN } from '../support/results.ts';
 import { type Services, startServices } from '../support/services.ts';
 
@@ -22,14 +23,7 @@ const bronze = (size: number): BronzeSlide => ({
   size,
   checksum: `c${size}`,
 });
-const config = {
-  jobPrefix: 'slideway-dev',
-  instanceType: 'ml.g5.xlarge',
-  maxInstances: 2,
-  slidesPerInstance: 2,
-  volumeSizeInGB: 200,
-  maxRuntimeInSeconds: 86_400,
-};
+const config = inferenceConfig('slideway-dev');
 
 let services: Services;
 beforeAll(async () => {
@@ -62,14 +56,22 @@ describe('slides are dealt to instances', () => {
   });
 });
 
-it('job names fit SageMaker with room for an attempt', () => {
+it('job names fit SageMaker with room for kind and attempt', () => {
+  const suffixes = { processing: ['-99999'], transform: ['-tile-999', '-transform-999', '-join-999'] };
   fc.assert(
-    fc.property(fc.string(), fc.stringMatching(/^[a-z0-9][a-z0-9-]{0,62}$/), (runId, model) => {
-      const name = jobNameOf('slideway-prod', runId, model);
-      expect(`${name}-99999`).toMatch(/^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$/);
-    }),
+    fc.property(
+      fc.string(),
+      fc.stringMatching(/^[a-z0-9][a-z0-9-]{0,62}$/),
+      fc.constantFrom('processing' as const, 'transform' as const),
+      (runId, model, mode) => {
+        const name = jobNameOf('slideway-prod', runId, model, mode);
+        for (const suffix of ['', ...suffixes[mode]])
+          expect(`${name}${suffix}`).toMatch(/^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$/);
+      },
+    ),
   );
-  expect(jobNameOf('slideway-dev', 'r', 'a')).not.toBe(jobNameOf('slideway-dev', 's', 'a'));
+  const name = (runId: string) => jobNameOf('slideway-dev', runId, 'a', 'processing');
+  expect(name('r')).not.toBe(name('s'));
 });
 
 describe('the inference of a run', () => {
@@ -139,36 +141,76 @@ describe('how things ended', () => {
     ...config,
     model: 'm',
     version: '1',
+    mode: 'transform' as const,
+    begin: 'tile' as const,
     jobName: 'j',
     shardsUri: 's',
     modelUri: 'm',
     slides: 1,
     instanceCount: 2,
+    join: { instanceType: 'ml.c5.xlarge', instanceCount: 3, volumeSizeInGB: 50 },
   };
 
-  it('a job that succeeded counts its instance seconds', async () => {
+  it.each([
+    ['process', 'j-3', 'ml.g5.xlarge', 2],
+    ['tile', 'j-tile-3', 'ml.g5.xlarge', 2],
+    ['transform', 'j-transform-3', 'ml.g6.xlarge', 5],
+    ['join', 'j-join-3', 'ml.c5.xlarge', 3],
+  ] as const)('a job %s that succeeded counts its instance seconds', async (kind, jobName, type, count) => {
+    const run = { ...RUN, runId: `ended-${kind}` };
     await recordJob(
-      { run: RUN, job, attempt: 3, done: { jobName: 'j-3', startTime: 1_000, endTime: 61_500 } },
+      {
+        ...{ run, job, kind, attempt: 3 },
+        transform: { instanceType: 'ml.g6.xlarge', instanceCount: 5 },
+        done: { jobName, startTime: 1_000, endTime: 61_500 },
+      },
       services,
     );
-    expect(await Array.fromAsync(services.state.jobs(RUN.runId))).toEqual([
-      expect.objectContaining({ jobName: 'j-3', state: 'SUCCEEDED', instanceSeconds: 121 }),
+    expect(await Array.fromAsync(services.state.jobs(run.runId))).toEqual([
+      expect.objectContaining({
+        ...{ jobName, kind, state: 'SUCCEEDED', instanceType: type, instanceSeconds: 60.5 * count },
+      }),
     ]);
   });
 
   it.each([
-    ['SageMaker.ResourceLimitExceededException', 'limit is 0', 'JobQuota'],
-    ['States.TaskFailed', JSON.stringify({ FailureReason: 'CapacityError: none' }), 'JobCapacity'],
+    ['process', 'SageMaker.ResourceLimitExceededException', 'limit is 0', 'JobQuota'],
+    ['process', 'States.TaskFailed', JSON.stringify({ FailureReason: 'CapacityError: none' }), 'JobCapacity'],
     [
+      'process',
       'States.TaskFailed',
       JSON.stringify({ FailureReason: 'AlgorithmError', ExitMessage: 'ModelPackageInvalid: x' }),
       'JobFailed',
     ],
-    ['States.Timeout', '', 'JobTimedOut'],
-  ])('a job that failed with %s: %s', async (error, cause, name) => {
-    await recordJob({ run: { ...RUN, runId: name }, job, attempt: 1, failure: { error, cause } }, services);
-    const [item] = await Array.fromAsync(services.state.jobs(name));
-    expect(item).toMatchObject({ state: 'FAILED', instanceSeconds: 0, reason: { error: name } });
+    ['process', 'States.Timeout', '', 'JobTimedOut'],
+    ['tile', 'States.TaskFailed', JSON.stringify({ FailureReason: 'AlgorithmError' }), 'TilingFailed'],
+    ['transform', 'States.TaskFailed', JSON.stringify({ FailureReason: 'ClientError' }), 'TransformFailed'],
+    ['transform', 'ModelCreationFailed', 'Requested image x not found.', 'ModelCreationFailed'],
+    ['transform', 'ModelDigestMismatch', '{"errorMessage":"is no longer"}', 'ModelDigestMismatch'],
+    ['join', 'States.TaskFailed', '', 'JoinFailed'],
+  ] as const)('a job %s that failed with %s: %s', async (kind, error, cause, name) => {
+    const run = { ...RUN, runId: `${kind}-${name}` };
+    await recordJob(
+      { ...{ run, job, kind, attempt: 1, transform: {} }, failure: { error, cause } },
+      services,
+    );
+    const [item] = await Array.fromAsync(services.state.jobs(run.runId));
+    expect(item).toMatchObject({ kind, state: 'FAILED', instanceSeconds: 0, reason: { error: name } });
+  });
+
+  it('a Transform job that failed counts its instance seconds too', async () => {
+    const run = { ...RUN, runId: 'failed-transform' };
+    const cause = JSON.stringify({ TransformStartTime: 1_000, TransformEndTime: 3_000, FailureReason: 'x' });
+    await recordJob(
+      {
+        ...{ run, job, kind: 'transform', attempt: 1 },
+        transform: { instanceType: 'ml.g5.xlarge', instanceCount: 4 },
+        failure: { error: 'States.TaskFailed', cause },
+      },
+      services,
+    );
+    const [item] = await Array.fromAsync(services.state.jobs(run.runId));
+    expect(item).toMatchObject({ instanceSeconds: 8, instanceCount: 4 });
   });
 
   it('a slide that no function could end is FAILED, unless it had ended', async () => {

@@ -162,6 +162,19 @@ describe('a slide is set aside with its reason', () => {
     expect((await services.state.slide(run.runId, 'late'))?.reason?.error).toBe('SlideChanged');
   });
 
+  it('and stays aside, whatever an invocation finds that is made because nobody heard of the first', async () => {
+    await put('once.svs', 'half');
+    const slide = await only('slide,slide_id\nonce.svs,once\n');
+    await put('once.svs', 'half and the rest');
+    await ingest(slide);
+    await put('once.svs', 'half');
+    expect(await ingest(slide)).toEqual({ slideId: 'once', state: 'QUARANTINED' });
+    const { KeyCount } = await services.s3.send(
+      new ListObjectsV2Command({ Bucket: 'bronze', Prefix: 'slides/study & co/once/' }),
+    );
+    expect(KeyCount).toBe(0);
+  });
+
   it('when a file of several came or went after the plan', async () => {
     await put('grow/1.dcm', 'one');
     const slide = await only('slide,slide_id\ngrow,grow\n');

@@ -81,6 +81,15 @@ describe('the report', () => {
     expect(html).toContain('74 min');
   });
 
+  it('shows what a head says of the whole slide, and percentiles as asked for', async () => {
+    const outputs = { p5_x: 0.5, head_benign: 0.25, head_malignant: 0.75, predicted_head: 'malignant' };
+    const html = await first([done('s1', { outputs })]);
+    expect(html).toContain('<th>Whole slide</th><th>malignant</th>');
+    expect(html).toContain('<th scope="row">malignant</th><td>0.75</td>');
+    expect(html).toContain('<th>p5</th>');
+    expect(html).toContain('<option value="output:head_malignant">');
+  });
+
   it('puts what needs attention first, with its reason and what to do', async () => {
     const html = await first([done('good'), failed('bad')]);
     expect(html.indexOf('>bad<')).toBeLessThan(html.indexOf('>good<'));

@@ -11,7 +11,7 @@ import {
   type SlideRow,
   slideRow,
 } from '../../core/results.ts';
-import { CLASSIFIER, MODEL, planned, plannedSlide, RUN } from '../support/results.ts';
+import { CLASSIFIER, EMBEDDER, MODEL, planned, plannedSlide, RUN } from '../support/results.ts';
 
 const result = (model: string, outputs: ResultSummary['outputs']): ResultSummary => ({
   model,
@@ -118,6 +118,18 @@ describe('results.csv', () => {
     expect(lines[0]?.mean_haematoxylin_area).toBe('0.25');
     expect(lines[1]?.model_version).toBe('2.1.0');
     expect(lines[2]?.reason).toBe('X: look, "here"');
+  });
+
+  it('has what heads say, and no column for the features of an embedding', async () => {
+    const outputs = { head_benign: 0.25, head_malignant: 0.75, predicted_head: 'malignant' };
+    const rows = [row({ models: [EMBEDDER.name], results: [result(EMBEDDER.name, outputs)] })];
+    const csv = await textOf(resultsCsv(stream(rows), [planned(EMBEDDER)]));
+    const [line] = parse(csv, { columns: true }) as Record<string, string>[];
+    expect(Object.entries(line ?? {}).slice(9)).toEqual([
+      ['head_benign', '0.25'],
+      ['head_malignant', '0.75'],
+      ['predicted_head', 'malignant'],
+    ]);
   });
 
   it('gives a spreadsheet no formula, and leaves numbers alone', async () => {

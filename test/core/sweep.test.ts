@@ -14,6 +14,8 @@ const HOUR = 3_600_000;
 let services: Services;
 /** Executions that still run. */
 let running: Set<string>;
+/** SageMaker's models, with the run that each is tagged with. */
+let models: Map<string, string | undefined>;
 /** Hours from now at which is looked. */
 let later: number;
 
@@ -21,6 +23,7 @@ beforeEach(async () => {
   services = await startServices();
   await services.createBucket('landing');
   running = new Set();
+  models = new Map();
   later = 0;
 });
 afterEach(() => services.close());
@@ -31,18 +34,28 @@ const dependencies = (): SweepDependencies => ({
   limits: { manifestMinutes: 15, unnamedHours: 24, stuckHours: 30, runHours: 168 },
   isRunning: async (arn) => running.has(arn),
   now: () => new Date(Date.now() + later * HOUR),
+  models: {
+    async *list() {
+      for (const name of models.keys()) yield { name, arn: `arn:${name}`, since: new Date(0) };
+    },
+    runOf: async ({ name }) => models.get(name),
+    remove: async ({ name }) => {
+      models.delete(name);
+    },
+  },
 });
 
 const land = async (key: string) =>
   (await services.s3.send(new PutObjectCommand({ Bucket: 'landing', Key: key, Body: 'x' }))).VersionId;
 
-/** A run of the study's manifest as it lies in Landing, which names these slides. */
+/** A run of the study's manifest as it lies in Landing, which names these slides; published whole, unless it runs. */
 async function runOf(study: string, slides: string[], state: 'RUNNING' | 'SUCCEEDED' = 'SUCCEEDED') {
   const runId = `${study}-run`;
   const versionId = await land(`${study}/repo.csv`);
   await services.state.claimRun({
     ...RUN,
     ...{ runId, study, state, executionArn: `arn:${runId}`, startedAt: new Date().toISOString() },
+    ...(state === 'SUCCEEDED' && { endedAt: 'then', publishedAt: 'then' }),
     manifest: { bucket: 'landing', key: `${study}/repo.csv`, ...(versionId && { versionId }), etag: 'e' },
   });
   await writeLines(
@@ -67,6 +80,7 @@ describe('a sweep', () => {
       unnamedSlides: { count: 0 },
       stuckSlides: { count: 0 },
       endlessRuns: { count: 0 },
+      leftModels: { count: 0 },
     });
     expect(
       await readJson(services.s3, { bucket: services.silver, key: sweepKey(found.at.slice(0, 10)) }),
@@ -140,6 +154,34 @@ describe('a sweep', () => {
     later = 169;
     expect(await why()).toEqual({ [dead]: 'execution ended', [slow]: 'too long' });
   });
+
+  it('finds a run that ended, but whose record and message were broken off', async () => {
+    const half = await runOf('breast', [], 'RUNNING');
+    await services.state.updateRun(half, { state: 'SUCCEEDED', endedAt: 'then' });
+    expect((await sweep(dependencies())).endlessRuns.first).toMatchObject([{ runId: half }]);
+    await services.state.published(half, 'now');
+    expect((await sweep(dependencies())).endlessRuns.count).toBe(0);
+  });
+});
+
+it('deletes the models of runs that have ended, and no others', async () => {
+  const dead = await runOf('breast', [], 'RUNNING');
+  const alive = await runOf('colon', [], 'RUNNING');
+  running.add(`arn:${alive}`);
+  models = new Map([
+    ['a-model-of-an-aborted-run', dead],
+    ['b-model-of-a-run-under-way', alive],
+    ['c-model-of-a-run-that-is-gone', 'gone'],
+    ['d-model-of-somebody-else', undefined],
+  ]);
+  expect((await sweep(dependencies())).leftModels).toEqual({
+    count: 2,
+    first: [
+      { name: 'a-model-of-an-aborted-run', runId: dead, since: new Date(0).toISOString() },
+      { name: 'c-model-of-a-run-that-is-gone', runId: 'gone', since: new Date(0).toISOString() },
+    ],
+  });
+  expect([...models.keys()]).toEqual(['b-model-of-a-run-under-way', 'd-model-of-somebody-else']);
 });
 
 it('a million keys take no more memory than a thousand', async () => {

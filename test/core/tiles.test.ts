@@ -1,9 +1,11 @@
 import { readFile } from 'node:fs/promises';
 import { describe, expect, it } from 'vitest';
 
+import { outputNames } from '../../core/contracts.ts';
 import { ResultCorrupt, readTiles } from '../../core/tiles.ts';
-import { CLASSIFIER, MODEL, tileGrid, tilesParquet } from '../support/results.ts';
+import { CLASSIFIER, EMBEDDER, MODEL, tileGrid, tilesParquet } from '../support/results.ts';
 
+const readAll = async (bytes: Uint8Array) => (await readTiles(bytes, MODEL)).values('haematoxylin_area');
 const fixture = (name: string) => readFile(new URL(`../fixtures/${name}`, import.meta.url));
 
 describe('tiles.parquet', () => {
@@ -15,7 +17,7 @@ describe('tiles.parquet', () => {
       expect([...tiles.minx]).toEqual([0, 256, 512, 768]);
       expect([...tiles.height]).toEqual([256, 256, 256, 256]);
       expect([...tiles.readable]).toEqual([1, 1, 0, 1]);
-      expect([...(tiles.outputs.get('haematoxylin_area') ?? [])]).toEqual([0.25, 0.5, Number.NaN, 0.75]);
+      expect([...(await tiles.values('haematoxylin_area'))]).toEqual([0.25, 0.5, Number.NaN, 0.75]);
       expect(tiles.metadata.get('slideId')).toBe('s1');
     },
   );
@@ -24,9 +26,9 @@ describe('tiles.parquet', () => {
     const tiles = tileGrid(100, 35, 64, (x, y) => [x, y, 0]);
     const table = await readTiles(tilesParquet(CLASSIFIER, tiles, {}), CLASSIFIER);
     expect(table.rows).toBe(3500);
-    expect([...table.outputs.keys()]).toEqual(['stroma', 'epithelium', 'fat']);
     expect(table.minx[3499]).toBe(99 * 64);
-    expect(table.outputs.get('epithelium')?.[3499]).toBeCloseTo(34 / 35);
+    expect((await table.values('stroma'))[3499]).toBeCloseTo(0.99);
+    expect((await table.values('epithelium'))[3499]).toBeCloseTo(34 / 35);
   });
 
   it('may have no row', async () => {
@@ -36,8 +38,31 @@ describe('tiles.parquet', () => {
   it('does not count a value that stands beside `unreadable`', async () => {
     const [tile] = tileGrid(1, 1, 64, () => undefined);
     const table = await readTiles(tilesParquet(MODEL, tile ? [tile] : [], {}), MODEL);
-    expect(table.outputs.get('haematoxylin_area')).toEqual(Float32Array.of(Number.NaN));
+    expect(await table.values('haematoxylin_area')).toEqual(Float32Array.of(Number.NaN));
   });
+
+  it('has the features of an embedding by number, and the attention of its head', async () => {
+    const tiles = [{ minx: 0, miny: 0, side: 64, values: [1, 2, 3], attention: 0.25 }];
+    const table = await readTiles(tilesParquet(EMBEDDER, tiles, {}), EMBEDDER);
+    expect(await table.values('f0002')).toEqual(Float32Array.of(3));
+    expect(await table.values('attention')).toEqual(Float32Array.of(0.25));
+    const without = tilesParquet({ ...EMBEDDER, head: undefined }, tiles, {});
+    await expect(readTiles(without, EMBEDDER)).rejects.toThrow(/lacks the column attention/);
+  });
+
+  it('of thousands of columns gives each its own values', async () => {
+    const model = { ...EMBEDDER, dimensions: 4096, head: undefined };
+    const values = Array.from({ length: 4096 }, (_, d) => d);
+    const bytes = tilesParquet(
+      model,
+      tileGrid(100, 1, 64, () => values),
+      {},
+    );
+    const table = await readTiles(bytes, model);
+    for (const [d, name] of outputNames(model).entries()) {
+      expect((await table.values(name)).every((value) => value === d)).toBe(true);
+    }
+  }, 60_000);
 
   it.each([
     ['is not Parquet', Buffer.from('not a table'), /not a Parquet file/],
@@ -48,7 +73,7 @@ describe('tiles.parquet', () => {
       /tile at 64, 0 is ok but has no haematoxylin_area/,
     ],
   ])('is corrupt where it %s', async (_, bytes, message) => {
-    const reading = readTiles(bytes, MODEL);
+    const reading = readAll(bytes);
     await expect(reading).rejects.toThrow(ResultCorrupt);
     await expect(reading).rejects.toThrow(message);
   });
@@ -56,6 +81,6 @@ describe('tiles.parquet', () => {
   it('is corrupt where its middle is damaged', async () => {
     const bytes = Buffer.from(await fixture('tiles-zstd.parquet'));
     bytes.fill(0x5a, 4, 200);
-    await expect(readTiles(bytes, MODEL)).rejects.toThrow(ResultCorrupt);
+    await expect(readAll(bytes)).rejects.toThrow(ResultCorrupt);
   });
 });

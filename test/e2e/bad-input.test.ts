@@ -154,24 +154,6 @@ describe('a model package', () => {
     }
   }, 120_000);
 
-  it('of mode transform is refused by the plan, by name', async () => {
-    const { code, out, stderr } = await run(
-      'transform',
-      {
-        'x.tiff': { copy: slide },
-        'later.tar.gz': await archive({
-          'model.json': descriptor({ name: 'later', mode: 'transform' }),
-          'model.pt': 'w',
-        }),
-        'repo.csv': 'slide,model\nx.tiff,\nx2.tiff,\n',
-      },
-      '--model',
-      work.path('studies', 'transform', 'later.tar.gz'),
-    );
-    expect(code, stderr).toBe(1);
-    expect(states(readSummary(out))['2 x.tiff']).toBe('FAILED ModelModeNotSupported');
-  }, 60_000);
-
   it('whose weights do not load, or that raises, fails its own slides and no others', async () => {
     runPython(work, RAISING, work.path('raises.pt'));
     const raises = await archive({

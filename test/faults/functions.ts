@@ -18,6 +18,7 @@ import { PRICES } from '../../core/prices.ts';
 import { publish } from '../../core/publish.ts';
 import { aggregateSlide } from '../../core/slide-result.ts';
 import { StateTable } from '../../core/state.ts';
+import { inferenceConfig } from '../support/inference.ts';
 
 export interface Place {
   landing: string;
@@ -36,14 +37,7 @@ export const CLAIM_CONFIG = {
   codeVersion: CODE_VERSION,
   parameters: { tissueMinFraction: 0.5, mppTolerance: 0.02 },
 };
-const INFERENCE_CONFIG = {
-  jobPrefix: 'faults',
-  instanceType: 'ml.g5.xlarge',
-  maxInstances: 2,
-  slidesPerInstance: 2,
-  volumeSizeInGB: 10,
-  maxRuntimeInSeconds: 3600,
-};
+const INFERENCE_CONFIG = inferenceConfig('faults');
 
 /** Functions that are not the state machine's: one hears of every object in Landing, one is called by a schedule. */
 export const MARK_ARRIVAL = 'mark-arrival';
@@ -102,6 +96,7 @@ const HANDLERS: Record<string, Handler> = {
       ...{ s3, state, lineage, late },
       silverBucket: place.silver,
       modelsBucket: place.models,
+      allowModelCode: false,
       codeVersion: CODE_VERSION,
     }),
   'ingest-slide': (

@@ -192,12 +192,14 @@ export class Schedule implements Director {
     });
     const hurried = !this.#calm && this.troubles.hasLittleTime(invocation);
     if (hurried) this.#fault('little-time', invocation);
-    const answer = await wire.run(
-      call(functionName, payload, wire.clients(), this.place, {
-        duplicates: this.scene.duplicates,
-        timeLeft: hurried ? 0 : Number.POSITIVE_INFINITY,
-      }),
-    );
+    const work = call(functionName, payload, wire.clients(), this.place, {
+      duplicates: this.scene.duplicates,
+      timeLeft: hurried ? 0 : Number.POSITIVE_INFINITY,
+    });
+    const answer = await wire.run(work).catch((error: Error) => {
+      this.#tell(error.name, invocation, ` of itself: ${error.message}`);
+      throw error;
+    });
     if (trouble === 'answer-lost') {
       this.#fault('function-answer-lost', invocation);
       throw named('Lambda.ServiceException', 'Service error');
@@ -315,10 +317,13 @@ export class Schedule implements Director {
     return { functionName, subject, origin, attempt };
   }
 
-  #fault(kind: string, { functionName, subject, origin, attempt }: Invocation, op?: Op): void {
+  #fault(kind: string, invocation: Invocation, op?: Op): void {
     this.#count(kind);
-    const where = op ? ` at request ${op.index}, ${op.service} ${op.name} ${op.resource}` : '';
-    this.story.push(`${kind}: ${functionName} ${subject} (${origin}, attempt ${attempt + 1})${where}`);
+    this.#tell(kind, invocation, op && ` at request ${op.index}, ${op.service} ${op.name} ${op.resource}`);
+  }
+
+  #tell(what: string, { functionName, subject, origin, attempt }: Invocation, where = ''): void {
+    this.story.push(`${what}: ${functionName} ${subject} (${origin}, attempt ${attempt + 1})${where}`);
   }
 
   #excuse(kind: string, { functionName }: Invocation, op: Op, telling: Telling): void {

@@ -217,7 +217,11 @@ function describe(service: Service, request: Request): { name: string; resource:
 }
 
 function refusal(service: Service, { status, code }: { status: number; code: string }): Answer {
-  if (service === 's3' || service === 'sns') return errorDocument(status, code);
+  if (service === 's3') return errorDocument(status, code);
+  if (service === 'sns') {
+    const error = `<Error><Type>Sender</Type><Code>${code}</Code><Message>injected</Message></Error>`;
+    return answerOf(status, 'text/xml', `<ErrorResponse>${error}<RequestId>0</RequestId></ErrorResponse>`);
+  }
   const body = JSON.stringify({ __type: `com.amazonaws.${service}#${code}`, message: 'injected' });
   return answerOf(status, 'application/x-amz-json-1.0', body);
 }

@@ -2,12 +2,13 @@ import { QueryCommand } from '@aws-sdk/lib-dynamodb';
 import { decode } from 'fast-png';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import type { Completion, SlideResult } from '../../core/contracts.ts';
+import { type Completion, modelSchema, type SlideResult } from '../../core/contracts.ts';
 import { resultPrefix } from '../../core/keys.ts';
 import { type AggregateDependencies, aggregateSlide } from '../../core/slide-result.ts';
 import { readBytes, readJson, sha256, writeJson, writeObject } from '../../core/store.ts';
 import {
   CLASSIFIER,
+  EMBEDDER,
   type ExampleTile,
   inferenceSlide,
   MODEL,
@@ -25,11 +26,24 @@ let deps: AggregateDependencies;
 beforeAll(async () => {
   services = await startServices();
   deps = { ...services, codeVersion: '0.1.0', countedRequests: () => ({ s3Get: 3, s3Put: 2 }) };
-  await writePlan(services, [], [MODEL, CLASSIFIER]);
+  await writePlan(services, [], [MODEL, CLASSIFIER, EMBEDDER, PERCENTILES]);
 });
 afterAll(() => services.close());
 
 const TILES: ExampleTile[] = tileGrid(4, 2, 256, (x, y) => [x / 2 + y / 4]);
+
+const PERCENTILES = modelSchema.parse({ ...MODEL, name: 'percentiles', aggregate: ['p99', 'p5'] });
+
+/** Features of a few tiles, with the weight that the head gives to each. */
+const FEATURES: ExampleTile[] = tileGrid(4, 2, 256, (x, y) => [x, y, 1]).map((tile, i) => ({
+  ...tile,
+  attention: i / 28,
+}));
+const HEAD = {
+  task: 'classification',
+  outputs: { benign: 0.25, malignant: 0.75 },
+  tiles: FEATURES.length,
+} as const;
 
 const aggregate = (slideId: string, models?: string[]) =>
   aggregateSlide({ run: RUN, slide: inferenceSlide(slideId, models) }, deps);
@@ -126,6 +140,71 @@ describe('a slide whose model answered', () => {
     expect(classes?.predictedByVote).toBe('stroma');
     expect(classes?.votes).toEqual({ stroma: 2, epithelium: 1, fat: 0 });
     expect((await item('classes'))?.results?.[0]?.outputs.predicted_vote).toBe('stroma');
+  });
+
+  it('says which aggregates it has, and which of them were asked for', async () => {
+    await writeAnswer(services, 'asked', PERCENTILES, TILES);
+    await aggregate('asked', [PERCENTILES.name]);
+    const { aggregates, outputs, mode } = await result('asked', PERCENTILES.name);
+    expect(aggregates).toEqual({
+      given: ['mean', 'median', 'p5', 'p10', 'p90', 'p99', 'max', 'top_k_mean'],
+      asked: ['p5', 'p99'],
+    });
+    expect(Object.keys(outputs.haematoxylin_area ?? {})).toEqual(aggregates.given);
+    expect(mode).toBe('processing');
+    expect(Object.keys((await item('asked'))?.results?.[0]?.outputs ?? {})).toEqual([
+      'p5_haematoxylin_area',
+      'p99_haematoxylin_area',
+    ]);
+  });
+
+  it('of an embedding has what its head says, and the features for programs only', async () => {
+    await writeAnswer(services, 'embedded', EMBEDDER, FEATURES, {
+      head: HEAD,
+      mode: 'transform',
+      tileset: { id: 'abc', reused: true, format: 'jpeg', quality: 90 },
+    });
+    await aggregate('embedded', [EMBEDDER.name]);
+    const answer = await result('embedded', EMBEDDER.name);
+    expect(answer.outputs).toEqual({ f0000: { mean: 0.375 }, f0001: { mean: 0.25 }, f0002: { mean: 1 } });
+    expect(answer.aggregates).toEqual({ given: ['mean'], asked: ['mean'] });
+    expect(answer.head).toEqual({ ...HEAD, predicted: 'malignant' });
+    expect({ mode: answer.mode, tileset: answer.tileset?.id }).toEqual({ mode: 'transform', tileset: 'abc' });
+    expect(answer.heatmap).toMatchObject({ output: 'attention', range: { of: 'p1-p99' } });
+    expect((await item('embedded'))?.results?.[0]?.outputs).toEqual({
+      head_benign: 0.25,
+      head_malignant: 0.75,
+      predicted_head: 'malignant',
+    });
+  });
+
+  it('without a tile has no head’s answer either', async () => {
+    await writeAnswer(services, 'headless', EMBEDDER, []);
+    expect((await aggregate('headless', [EMBEDDER.name])).state).toBe('AGGREGATED');
+    expect((await result('headless', EMBEDDER.name)).head).toBeNull();
+    expect((await item('headless'))?.results?.[0]?.outputs).toEqual({
+      head_benign: null,
+      head_malignant: null,
+      predicted_head: null,
+    });
+  });
+
+  it.each([
+    ['no answer of the head', undefined, /outputs of the package's head is undefined/],
+    [
+      'other outputs of the head',
+      { ...HEAD, outputs: { benign: 1 } },
+      /is benign, expected benign,malignant/,
+    ],
+    ['a head that saw other tiles', { ...HEAD, tiles: 7 }, /number of tiles of the head is 7, expected 8/],
+  ])('is ResultCorrupt with %s', async (name, head, message) => {
+    const slideId = name.replaceAll(/\W/g, '-');
+    await writeAnswer(services, slideId, EMBEDDER, FEATURES, head && { head });
+    await aggregate(slideId, [EMBEDDER.name]);
+    expect((await item(slideId))?.reason).toMatchObject({
+      error: 'ResultCorrupt',
+      message: expect.stringMatching(message),
+    });
   });
 });
 

@@ -76,6 +76,7 @@ async function mixedRun(): Promise<void> {
     }),
   ];
   await writePlan(services, slides);
+  await services.state.updateRun(RUN.runId, { plannedAt: '2026-11-12T08:01:00.000Z' });
   await endSlide('done', 'AGGREGATED');
   await endSlide('broken', 'FAILED');
   await endSlide('stuck', 'INFERRING');
@@ -207,6 +208,14 @@ describe('a run that', () => {
     expect(run.slides).toEqual([]);
     expect(await text(reportKey(RUN.runId))).toContain('There is no slide in this run');
     expect(services.messages[0]?.message).toContain('PlanRun: no header row');
+  });
+
+  it('failed before its missing slides could wait does not say that they come by themselves', async () => {
+    const reason = { error: 'SlideMissing', message: 'a.svs is not in Landing.' };
+    await writePlan(services, [plannedSlide('a', { state: 'MISSING', reason })]);
+    await publishRun({ run: RUN, failure: { stage: 'PlanRun', error: 'Sandbox.Timedout', cause: 'killed' } });
+    expect((await summary()).slides).toMatchObject([{ state: 'FAILED', reason: { error: 'Unfinished' } }]);
+    expect(services.messages[0]?.message).not.toContain('done by itself');
   });
 
   it('could not be claimed has its message', async () => {

@@ -24,6 +24,7 @@ type Passed =
   | 'mountNamespace'
   | 'stopGraceSeconds'
   | 'maxConcurrentInstances'
+  | 'pingSeconds'
   | 'faults';
 
 export interface EngineOptions extends Partial<Pick<SageMakerOptions, Passed>> {
@@ -87,6 +88,7 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
   await gateway.listen(0);
   endpoint = gateway.endpoint;
   await sagemaker.recover();
+  let closing: Promise<void> | undefined;
   const config = {
     region: 'us-east-1',
     endpoint,
@@ -99,10 +101,12 @@ export async function startEngine(options: EngineOptions): Promise<Engine> {
     logs: new CloudWatchLogsClient(config),
     s3: new S3Client({ ...config, forcePathStyle: true }),
     requests: () => gateway.counts().byPrincipal,
-    async close() {
-      await sagemaker.close();
-      await gateway.close();
-      await s3.close();
+    close() {
+      closing ??= sagemaker
+        .close()
+        .then(() => gateway.close())
+        .then(() => s3.close());
+      return closing;
     },
   };
 }

@@ -1,18 +1,9 @@
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import {
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  writeFileSync,
-} from 'node:fs';
-import { tmpdir } from 'node:os';
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { FilterLogEventsCommand } from '@aws-sdk/client-cloudwatch-logs';
-import { GetObjectCommand, ListObjectsV2Command, PutObjectCommand } from '@aws-sdk/client-s3';
+import { ListObjectsV2Command } from '@aws-sdk/client-s3';
 import {
   AddTagsCommand,
   CreateProcessingJobCommand,
@@ -31,7 +22,8 @@ import { markOf, sessionOf } from '../../local/sagemaker/processes.ts';
 import { PROCESSING_LOG_GROUP } from '../../local/sagemaker/service.ts';
 import { UnsupportedLocally } from '../../local/types.ts';
 import { projectPython } from '../support/python.ts';
-import { type Engine, type EngineOptions, IMAGE, JOB_ROLE, startEngine } from './sagemaker-engine.ts';
+import { Bench, get, namespacesWork, put, until } from './sagemaker-bench.ts';
+import { type Engine, type EngineOptions, IMAGE, JOB_ROLE } from './sagemaker-engine.ts';
 
 const JOB = `
 import json, os, pathlib, signal, subprocess, sys, time
@@ -104,13 +96,8 @@ def resume():
 ]()
 `;
 
-const folders: string[] = [];
-function folder(): string {
-  const path = mkdtempSync(join(tmpdir(), 'sagemaker-'));
-  folders.push(path);
-  return path;
-}
-
+const bench = new Bench();
+const folder = () => bench.folder();
 const container = folder();
 mkdirSync(join(container, 'job'));
 writeFileSync(join(container, 'job', '__init__.py'), '');
@@ -120,36 +107,17 @@ writeFileSync(
   '# built by nobody\nFROM python:3.12 AS build\nENTRYPOINT ["false"]\nFROM python:3.12\nENTRYPOINT ["python3", \\\n  "-m", "job"]\nCMD ["describe"]\n',
 );
 
-function namespacesWork(): boolean {
-  for (const flags of [['--mount'], ['--user', '--map-root-user', '--mount']]) {
-    try {
-      execFileSync('unshare', [...flags, 'true'], { stdio: 'ignore' });
-      return true;
-    } catch {
-      // The next way.
-    }
-  }
-  return false;
-}
-
-const engines: Engine[] = [];
 const children: ChildProcess[] = [];
 /** Supervisors of killed engines, each the leader of a process group; long gone unless a test failed. */
 const leaders: number[] = [];
-async function engine(options: Partial<EngineOptions> = {}): Promise<Engine> {
-  const started = await startEngine({ state: folder(), container, ...options });
-  engines.push(started);
-  return started;
-}
+const engine = (options: Partial<EngineOptions> = {}) => bench.engine({ container, ...options });
 
 afterEach(async () => {
   for (const child of children.splice(0)) child.kill('SIGKILL');
   for (const pid of leaders.splice(0)) if (markOf(pid)) process.kill(-pid, 'SIGKILL');
-  for (const started of engines.splice(0)) await started.close();
+  await bench.close();
 });
-afterAll(() => {
-  for (const path of folders) rmSync(path, { recursive: true, force: true });
-});
+afterAll(() => bench.remove());
 
 function request(
   name: string,
@@ -190,16 +158,6 @@ const create = ({ client }: Pick<Engine, 'client'>, input: CreateProcessingJobCo
 const look = ({ client }: Pick<Engine, 'client'>, name: string) =>
   client.send(new DescribeProcessingJobCommand({ ProcessingJobName: name }));
 
-async function until<T>(check: () => Promise<T | undefined | false> | T | undefined | false): Promise<T> {
-  const deadline = Date.now() + 30_000;
-  while (Date.now() < deadline) {
-    const value = await check();
-    if (value) return value;
-    await new Promise((resolve) => setTimeout(resolve, 50));
-  }
-  throw new Error('It did not come to pass within 30 s.');
-}
-
 const ended = (of: Pick<Engine, 'client'>, name: string): Promise<DescribeProcessingJobCommandOutput> =>
   until(async () => {
     const job = await look(of, name);
@@ -215,15 +173,6 @@ const lines = async ({ logs }: Engine, name: string): Promise<string[]> => {
 
 const hasLine = (of: Engine, name: string, line: string) =>
   until(async () => (await lines(of, name)).includes(line));
-
-async function put({ s3 }: Engine, key: string, body: string): Promise<void> {
-  await s3.send(new PutObjectCommand({ Bucket: 'silver', Key: key, Body: body }));
-}
-
-async function get({ s3 }: Engine, key: string): Promise<string> {
-  const { Body } = await s3.send(new GetObjectCommand({ Bucket: 'silver', Key: key }));
-  return (await Body?.transformToString()) ?? '';
-}
 
 const seenBy = async (of: Engine, name: string, host: string) =>
   JSON.parse(await get(of, `${name}/${host}/seen.json`));
@@ -570,7 +519,6 @@ describe('an engine that is killed', () => {
     await create(first, request('done', 'describe'));
     const before = await ended(first, 'done');
     await first.close();
-    engines.splice(0);
     const second = await engine(options);
     const { $metadata: _a, ...was } = before;
     const { $metadata: _b, ...is } = await look(second, 'done');
@@ -586,7 +534,6 @@ describe('an engine that is killed', () => {
     await create(first, request('over', 'resume'));
     await hasLine(first, 'over', 'attempt 1');
     await first.close();
-    engines.splice(0);
     const second = await engine(options);
     expect((await ended(second, 'over')).ProcessingJobStatus).toBe('Completed');
   });

@@ -25,6 +25,7 @@ import { publish } from '../../core/publish.ts';
 import { LineageReader } from '../../core/record.ts';
 import { aggregateSlide } from '../../core/slide-result.ts';
 import { readLines, sha256, writeJson, writeObject } from '../../core/store.ts';
+import { inferenceConfig } from './inference.ts';
 import { MODEL, RUN, tileGrid, tilesParquet } from './results.ts';
 import { type Services, startServices } from './services.ts';
 
@@ -105,6 +106,7 @@ async function wholeRun(
     ...services,
     silverBucket: BUCKETS.silver,
     modelsBucket: BUCKETS.models,
+    allowModelCode: false,
     codeVersion: CODE_VERSION,
   });
   for await (const slide of readLines<PlannedSlide>(s3, slides)) {
@@ -119,14 +121,7 @@ async function wholeRun(
   const inference = await planInference(run, {
     ...services,
     silverBucket: BUCKETS.silver,
-    config: {
-      jobPrefix: 'slideway-test',
-      instanceType: 'ml.g5.xlarge',
-      maxInstances: 2,
-      slidesPerInstance: 2,
-      volumeSizeInGB: 200,
-      maxRuntimeInSeconds: 86_400,
-    },
+    config: inferenceConfig('slideway-test'),
   });
   const inferred: InferenceSlide[] = await Array.fromAsync(readLines<InferenceSlide>(s3, inference.slides));
   for (const job of inference.jobs) {
@@ -137,6 +132,7 @@ async function wholeRun(
       {
         run,
         job,
+        kind: 'process',
         attempt: 1,
         done: {
           jobName,

@@ -6,6 +6,7 @@ import {
   type InferenceSlide,
   type Model,
   modelSchema,
+  outputNames,
   type Plan,
   type PlannedSlide,
   type RunContext,
@@ -47,6 +48,18 @@ export const CLASSIFIER: Model = modelSchema.parse({
   heatmap: { output: 'epithelium', colormap: 'viridis' },
 });
 
+/** Features of which a head with attention makes an answer for the slide. */
+export const EMBEDDER: Model = modelSchema.parse({
+  ...MODEL,
+  name: 'features',
+  task: 'embedding',
+  outputs: [],
+  dimensions: 3,
+  aggregate: ['mean'],
+  heatmap: undefined,
+  head: { task: 'classification', outputs: ['benign', 'malignant'], attention: true },
+});
+
 export const planned = (model: Model): Plan['models'][number] => ({
   bucket: 'models',
   key: `models/${model.name}/${model.version}/model.tar.gz`,
@@ -62,6 +75,7 @@ export interface ExampleTile {
   side: number;
   /** Values in the order of the model's outputs; none for a tile that could not be read. */
   values?: number[];
+  attention?: number;
 }
 
 /** Tiles in rows from (0, 0), valued by `value(x, y)` in shares of the grid. */
@@ -79,7 +93,7 @@ export function tileGrid(
 }
 
 export function tilesParquet(
-  model: Pick<Model, 'task' | 'outputs' | 'name' | 'version'>,
+  model: Pick<Model, 'task' | 'outputs' | 'dimensions' | 'head'>,
   tiles: ExampleTile[],
   metadata: Record<string, string>,
 ): Uint8Array {
@@ -110,9 +124,10 @@ export function tilesParquet(
           type: 'STRING',
           nullable: false,
         },
-        ...model.outputs.map((output, o) =>
+        ...outputNames(model).map((output, o) =>
           float(tileColumn(model.task, output), ({ values }) => values?.[o] ?? Number.NaN),
         ),
+        ...(model.head?.attention ? [float('attention', ({ attention = Number.NaN }) => attention)] : []),
       ],
       rowGroupSize: 1000,
       kvMetadata: Object.entries(metadata).map(([key, value]) => ({ key, value })),

@@ -1,4 +1,4 @@
-/** S3, DynamoDB and SNS as the functions meet them: the local AWS's own services, over HTTP, in a folder of their own. */
+/** S3, DynamoDB, SNS and SageMaker as the functions meet them: the local AWS's own services, over HTTP, in a folder of their own. */
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -7,15 +7,18 @@ import { S3Client } from '@aws-sdk/client-s3';
 import { SNSClient } from '@aws-sdk/client-sns';
 import { DynamoDBDocumentClient } from '@aws-sdk/lib-dynamodb';
 
+import { venvFolder, venvPython } from '../../cli/paths.ts';
 import { Holdings } from '../../core/holdings.ts';
 import { Late } from '../../core/late.ts';
 import { Lineage } from '../../core/lineage.ts';
 import { StateTable } from '../../core/state.ts';
 import { DynamoDb } from '../../local/dynamodb.ts';
 import { Gateway } from '../../local/gateway.ts';
+import { Logs } from '../../local/logs.ts';
 import { topicArn } from '../../local/resources.ts';
 import type { LockMode } from '../../local/s3/lock.ts';
 import { S3Service } from '../../local/s3/service.ts';
+import { SageMaker } from '../../local/sagemaker/service.ts';
 import { type Message, Sns } from '../../local/sns.ts';
 import { LOCAL_REGION } from '../../local/types.ts';
 
@@ -79,12 +82,22 @@ export async function startServices(): Promise<Services> {
     onMessage: (message) => messages.push(message),
   });
   topics.createTopic('runs', []);
+  const sageMaker = new SageMaker({
+    folder: join(folder, 'jobs'),
+    endpoint: () => gateway.endpoint,
+    credentials: () => CREDENTIALS,
+    logs: new Logs({ folder: join(folder, 'logs') }),
+    containers: () => ({ folder }),
+    python: venvPython(venvFolder()),
+    executor: 'process',
+  });
   const caller = { arn: 'arn:aws:iam::000000000000:root', authorize: () => {} };
-  const gateway = new Gateway({
+  const gateway: Gateway = new Gateway({
     services: {
       s3: { protocol: 's3', service: s3Service },
       dynamodb: { protocol: 'json-body', service: tables },
       sns: { protocol: 'query-body', service: topics },
+      sagemaker: { protocol: 'json', service: sageMaker },
     },
     principals: () => ({ caller, secretAccessKey: CREDENTIALS.secretAccessKey }),
   });

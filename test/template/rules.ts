@@ -40,25 +40,39 @@ export interface Definition {
 /** Actions for which AWS takes no narrower resource than `*`, each with the reason. */
 export const ONLY_STAR: Record<string, string> = {
   'ecr:GetAuthorizationToken': 'the token is for the registry, which is no resource',
+  'sagemaker:ListModels': 'a list is of no one model',
   'cloudwatch:PutMetricData': 'metrics are no resources; a condition narrows the namespace',
 };
 
 const EXPRESS_SECONDS = 300;
 
-/** What `.sync` needs beside the call itself; by operation. */
-const SYNC_ACTIONS: Record<string, string[]> = {
-  createProcessingJob: [
-    'sagemaker:CreateProcessingJob',
-    'sagemaker:DescribeProcessingJob',
-    'sagemaker:StopProcessingJob',
-    'sagemaker:AddTags',
-    'sagemaker:ListTags',
-    'iam:PassRole',
-    'events:PutTargets',
-    'events:PutRule',
-    'events:DescribeRule',
+/** What a call needs, and of what kind of thing; by operation. `.sync` watches its job by a rule of EventBridge. */
+const ACTIONS: Record<string, [string, RegExp][]> = {
+  createProcessingJob: jobActions('Processing', ['iam:PassRole', /JobRole/]),
+  createTransformJob: jobActions('Transform'),
+  createModel: [
+    ['sagemaker:CreateModel', /:model\//],
+    ['sagemaker:AddTags', /:model\//],
+    ['iam:PassRole', /TransformRole/],
   ],
+  deleteModel: [['sagemaker:DeleteModel', /:model\//]],
+  stopTransformJob: [['sagemaker:StopTransformJob', /:transform-job\//]],
 };
+
+function jobActions(kind: 'Processing' | 'Transform', ...more: [string, RegExp][]): [string, RegExp][] {
+  const job = new RegExp(`:${kind.toLowerCase()}-job/`);
+  const rule = new RegExp(`SageMaker${kind}JobsRule$`);
+  return [
+    ...[`Create${kind}Job`, `Describe${kind}Job`, `Stop${kind}Job`, 'AddTags', 'ListTags'].map(
+      (action): [string, RegExp] => [`sagemaker:${action}`, job],
+    ),
+    ...more,
+    ...['PutTargets', 'PutRule', 'DescribeRule'].map((action): [string, RegExp] => [
+      `events:${action}`,
+      rule,
+    ]),
+  ];
+}
 
 const list = <T>(value: T | T[] | undefined): T[] =>
   value === undefined ? [] : Array.isArray(value) ? value : [value];
@@ -481,32 +495,43 @@ export function tasks(definition: Definition): string[] {
   return findings;
 }
 
-/** SageMaker's resources in a state machine, `arn:aws:states:::sagemaker:<operation>[.sync]`. */
-export function* sagemakerTasks(
-  definition: Definition,
-): Generator<Placed & { operation: string; sync: boolean }> {
+/** SageMaker's resources in a state machine, `arn:aws:states:::[aws-sdk:]sagemaker:<operation>[.sync]`. */
+export function* sagemakerTasks(definition: Definition): Generator<Placed & { operation: string }> {
   for (const placed of states(definition)) {
-    const [, operation, sync] =
-      /^arn:aws[a-z-]*:states:::sagemaker:(\w+)(\.sync)?/.exec(placed.state.Resource ?? '') ?? [];
-    if (operation !== undefined) yield { ...placed, operation, sync: sync !== undefined };
+    const [, operation] =
+      /^arn:aws[a-z-]*:states:::(?:aws-sdk:)?sagemaker:(\w+)/.exec(placed.state.Resource ?? '') ?? [];
+    if (operation !== undefined) yield { ...placed, operation };
   }
 }
 
-/** Jobs end by themselves, wait when the quota is used up, encrypt what their instances say to each other. */
+/**
+ * Jobs end by themselves, wait when the quota is used up, encrypt what their instances say to each other; models are
+ * served without network, and never by more requests at once than their payload leaves room for.
+ */
 export function jobs(definition: Definition): string[] {
   const findings: string[] = [];
-  for (const { name, state } of sagemakerTasks(definition)) {
-    const { StoppingCondition, NetworkConfig } = (state.Parameters ?? {}) as Record<
-      string,
-      Record<string, unknown> | undefined
-    >;
-    if (!Object.keys(StoppingCondition ?? {}).some((key) => key.startsWith('MaxRuntimeInSeconds')))
-      findings.push(`${name}: its job may run for ever`);
-    if (NetworkConfig?.EnableInterContainerTrafficEncryption !== true)
-      findings.push(`${name}: its instances talk in the clear`);
-    if (typeof NetworkConfig?.EnableNetworkIsolation !== 'boolean')
-      findings.push(`${name}: does not say whether its container is cut off from the network`);
+  for (const { name, state, operation } of sagemakerTasks(definition)) {
+    const parameters = (state.Parameters ?? {}) as Record<string, Record<string, unknown> | undefined>;
+    const says = (key: string) => key in parameters || `${key}.$` in parameters;
+    if (operation === 'createProcessingJob') {
+      const { StoppingCondition, NetworkConfig } = parameters;
+      if (!Object.keys(StoppingCondition ?? {}).some((key) => key.startsWith('MaxRuntimeInSeconds')))
+        findings.push(`${name}: its job may run for ever`);
+      if (NetworkConfig?.EnableInterContainerTrafficEncryption !== true)
+        findings.push(`${name}: its instances talk in the clear`);
+      if (typeof NetworkConfig?.EnableNetworkIsolation !== 'boolean')
+        findings.push(`${name}: does not say whether its container is cut off from the network`);
+    }
+    if (operation === 'createTransformJob') {
+      if (!says('MaxConcurrentTransforms') || !says('MaxPayloadInMB'))
+        findings.push(`${name}: leaves open how much is sent at once`);
+      if (!state.Catch?.some(({ ErrorEquals }) => ErrorEquals.includes('States.Timeout')))
+        findings.push(`${name}: its job may run for ever`);
+    }
+    if (operation === 'createModel' && (parameters.EnableNetworkIsolation as unknown) !== true)
+      findings.push(`${name}: its server has a network`);
     if (
+      operation.startsWith('create') &&
       !state.Retry?.some(({ ErrorEquals }) =>
         ErrorEquals.includes('SageMaker.ResourceLimitExceededException'),
       )
@@ -540,8 +565,9 @@ export function machineRights(template: Template, definition: Definition): strin
     if (called !== undefined && !invocable.has(called))
       findings.push(`${name}: ${called} may not be invoked`);
   }
-  for (const { name, operation, sync } of sagemakerTasks(definition))
-    for (const action of sync ? (SYNC_ACTIONS[operation] ?? [`the actions of ${operation}`]) : [])
-      if (!allowed.has(action)) findings.push(`${name}: lacks ${action}`);
+  for (const { name, operation } of sagemakerTasks(definition))
+    for (const [action, of] of ACTIONS[operation] ?? [[`the actions of ${operation}`, /^/] as const])
+      if (!allowed.get(action)?.some((resource) => of.test(resource)))
+        findings.push(`${name}: lacks ${action}`);
   return findings;
 }

@@ -4,7 +4,8 @@ import { join } from 'node:path';
 import { StateMachine } from 'aws-local-stepfunctions';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { PROJECT } from '../../cli/paths.ts';
-import type { InferenceJob } from '../../core/contracts.ts';
+import type { InferenceJob, Mode } from '../../core/contracts.ts';
+import { jobNameOf } from '../../core/inference.ts';
 import { Logs } from '../../local/logs.ts';
 import { SageMaker } from '../../local/sagemaker/service.ts';
 import { projectPython } from '../support/python.ts';
@@ -207,18 +208,34 @@ describe('least privilege', () => {
     expect(machineRights(packaged, flow)).toEqual([]);
   });
 
-  it.each(['sagemaker:AddTags', 'sagemaker:StopProcessingJob', 'iam:PassRole', 'events:PutRule'])(
-    'would find that %s is lacking',
-    (action) => {
-      const sid = { sagemaker: 'RunJobs', iam: 'PassJobRole', events: 'HearOfJobs' }[
-        action.split(':')[0] ?? ''
-      ];
-      const copy = withStatement('SlideRunRole', sid ?? '', (statement) => {
-        statement.Action = [statement.Action].flat().filter((allowed) => allowed !== action);
+  const processing = ['Join predictions', 'Run job', 'Tile slides'];
+  it.each([
+    ['RunJobs', 'sagemaker:AddTags', processing],
+    ['RunJobs', 'sagemaker:StopProcessingJob', processing],
+    ['RunTransformJobs', 'sagemaker:ListTags', ['Run transform job']],
+    ['RunTransformJobs', 'sagemaker:StopTransformJob', ['Run transform job', 'Stop transform job']],
+    ['MakeModels', 'sagemaker:AddTags', ['Create model']],
+    ['MakeModels', 'sagemaker:DeleteModel', ['Delete model']],
+    ['PassJobRole', 'iam:PassRole', ['Create model', ...processing]],
+    ['HearOfJobs', 'events:PutRule', ['Run transform job', ...processing]],
+  ])('would find that in %s %s is lacking', (sid, action, names) => {
+    const copy = withStatement('SlideRunRole', sid, (statement) => {
+      statement.Action = [statement.Action].flat().filter((allowed) => allowed !== action);
+    });
+    expect(machineRights(copy, flow).sort()).toEqual(names.map((name) => `${name}: lacks ${action}`).sort());
+  });
+
+  it('would find a right to hear of jobs, or to pass a role, that is for the other kind of job only', () => {
+    for (const [sid, name] of [
+      ['HearOfJobs', 'Run transform job'],
+      ['PassJobRole', 'Create model'],
+    ] as const) {
+      const copy = withStatement('SlideRunRole', sid, (statement) => {
+        statement.Resource = [(statement.Resource as unknown[])[0]];
       });
-      expect(machineRights(copy, flow)).toEqual([`Run job: lacks ${action}`]);
-    },
-  );
+      expect(machineRights(copy, flow).join()).toMatch(new RegExp(`${name}: lacks`));
+    }
+  });
 
   it('would find a function that the state machine may not invoke', () => {
     const copy = withStatement('SlideRunRole', 'RunFunctions', (statement) => {
@@ -455,6 +472,16 @@ describe('every task of the state machine', () => {
       delete state.Parameters?.NetworkConfig;
     });
     expect(jobs(copy)).toHaveLength(4);
+    const transform = brokenState('Run transform job', (state) => {
+      state.Retry = [];
+      state.Catch = [{ ErrorEquals: ['States.ALL'] }];
+      delete state.Parameters?.['MaxPayloadInMB.$'];
+    });
+    expect(jobs(transform)).toHaveLength(3);
+    const open = brokenState('Create model', (state) => {
+      Object.assign(state.Parameters ?? {}, { EnableNetworkIsolation: false });
+    });
+    expect(jobs(open)).toEqual(['Create model: its server has a network']);
   });
 });
 
@@ -500,7 +527,7 @@ describe('every SageMaker call', () => {
   }
 
   /** A job as PlanInference makes them, with the stage's own figures and the longest name. */
-  function job(): InferenceJob {
+  function job(mode: Mode): InferenceJob {
     const plan = Object.values(packaged.Resources).find(({ Properties }) =>
       String(Properties.FunctionName).endsWith('-plan-inference'),
     );
@@ -509,7 +536,9 @@ describe('every SageMaker call', () => {
     return {
       model: 'haematoxylin-area',
       version: '1.0.0',
-      jobName: `${Variables.JOB_PREFIX}-`.padEnd(57, '0'),
+      mode,
+      begin: mode === 'transform' ? 'tile' : 'process',
+      jobName: jobNameOf(Variables.JOB_PREFIX ?? '', '0123456789abcdef', 'm'.repeat(63), mode),
       shardsUri: 's3://silver/runs/0123456789abcdef/jobs/haematoxylin-area/',
       modelUri: 's3://models/models/haematoxylin-area/1.0.0/model.tar.gz',
       slides: 3,
@@ -517,24 +546,53 @@ describe('every SageMaker call', () => {
       instanceType: String(Variables.INSTANCE_TYPE),
       volumeSizeInGB: Number(Variables.VOLUME_SIZE_IN_GB),
       maxRuntimeInSeconds: Number(Variables.MAX_RUNTIME_IN_SECONDS),
+      join: {
+        instanceCount: Number(Variables.JOIN_MAX_INSTANCES),
+        instanceType: String(Variables.JOIN_INSTANCE_TYPE),
+        volumeSizeInGB: Number(Variables.JOIN_VOLUME_SIZE_IN_GB),
+      },
     };
   }
 
-  const call = async () => {
-    const [task] = [...sagemakerTasks(flow)].filter(({ operation }) => operation === 'createProcessingJob');
-    if (!task) throw new Error('The definition runs no Processing job.');
-    const input = { run: { runId: '0123456789abcdef' }, job: job(), attempt: 25 };
+  /** The request of a state that calls SageMaker. */
+  async function call(task: Placed & { operation: string }) {
+    const input = {
+      run: { runId: '0123456789abcdef' },
+      job: job(task.name === 'Run job' ? 'processing' : 'transform'),
+      step: { attempt: 25 },
+      transform: {
+        manifestUri: 's3://silver/transform/r/m/attempt-1/manifest.json',
+        outputUri: 's3://silver/transform/r/m/out/',
+        instanceType: 'ml.g5.xlarge',
+        instanceCount: 2,
+        maxConcurrentTransforms: 7,
+        maxPayloadInMB: 13,
+        invocationTimeoutSeconds: 600,
+      },
+    };
     return { service: 'sagemaker', operation: task.operation, request: await rendered(task, input) };
+  }
+  const runJob = () => {
+    const task = [...sagemakerTasks(flow)].find(({ name }) => name === 'Run job');
+    if (!task) throw new Error('The definition has no state Run job.');
+    return call(task);
   };
 
   it.skipIf(!hasCurrentServiceModel)('is a request that AWS’s service model takes', async () => {
-    const { request, ...rest } = await call();
-    expect(serviceModelFindings([{ ...rest, request: await recorded(request) }])).toEqual([]);
-  });
-
-  it('runs a Processing job; another kind would need its request held up here too', () => {
-    const operations = [...sagemakerTasks(flow)].map(({ operation }) => operation);
-    expect(new Set(operations)).toEqual(new Set(['createProcessingJob']));
+    const requests = await Promise.all([...sagemakerTasks(flow)].map(call));
+    expect(new Set(requests.map(({ operation }) => operation))).toEqual(
+      new Set([
+        'createProcessingJob',
+        'createModel',
+        'createTransformJob',
+        'stopTransformJob',
+        'deleteModel',
+      ]),
+    );
+    expect(serviceModelFindings(requests)).toEqual([]);
+    for (const { request, operation, service } of requests)
+      if (operation === 'createProcessingJob')
+        expect(serviceModelFindings([{ service, operation, request: await recorded(request) }])).toEqual([]);
   });
 
   const cluster = (request: Record<string, unknown>, change: object) =>
@@ -565,7 +623,7 @@ describe('every SageMaker call', () => {
       /777601 is above 777600/,
     ],
   ])('would be found %s', async (_, change, finding) => {
-    const { request, ...rest } = await call();
+    const { request, ...rest } = await runJob();
     change(request);
     expect(serviceModelFindings([{ ...rest, request }]).join('\n')).toMatch(finding);
   });

@@ -35,6 +35,7 @@ from slides import make  # noqa: E402
 from slideway_inference.contracts import ModelRef  # noqa: E402
 from slideway_inference.fast import FileSource  # noqa: E402
 from slideway_inference.model import Predictor, load_predictors, open_package  # noqa: E402
+from slideway_inference.model.torchscript import TorchScriptPredictor  # noqa: E402
 from slideway_inference.pipeline import processors  # noqa: E402
 
 ROUNDS = 3
@@ -89,12 +90,14 @@ def finish(device: torch.device) -> None:
 def on_device(predictor: Predictor, batch: int, batches: int, device: torch.device) -> float:
     """The model alone on bytes that are on the device already."""
     tiles = torch.randint(0, 256, (batch, PX, PX, 3), dtype=torch.uint8, device=device)
-    spare = None if device.type == "cuda" else torch.empty((batch, PX, PX, 3))
 
     def go(count: int) -> None:
         with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
             for _ in range(count):
-                predictor._forward(tiles, spare)
+                if isinstance(predictor, TorchScriptPredictor) and predictor.on_gpu:
+                    predictor.on_device(tiles)
+                else:
+                    predictor.run(tiles.numpy())
         finish(device)
 
     go(2)
@@ -171,8 +174,7 @@ def main() -> int:
         archive = Path(folder) / "model.tar.gz"
         archive.write_bytes(package)
         model = ModelRef("resnet-50-size", "1", f"sha256:{hashlib.sha256(package).hexdigest()}")
-        spec, weights = open_package(archive, model, Path(folder))
-        predictor = load_predictors(spec, weights, threads)[0]
+        predictor = load_predictors(open_package(archive, model, Path(folder)), threads)[0]
         s3 = S3()
         s3.objects["bronze", f"slides/{path.name}"] = path.read_bytes()
         job = Job(Path(folder) / "ml", archive, model)

@@ -51,6 +51,31 @@ class Job:
 
     def run(self, endpoint: str, slide: Path, slides: int) -> Ran:
         """The slide several times, as so many slides. Raises CalledProcessError when the job fails."""
+        events, peak, prefix = self.events("process", endpoint, slide, slides, {})
+        client = s3_client(4)
+
+        def result(name: str) -> bytes:
+            key = f"{prefix}slide-0/{self._model.name}/{name}"
+            body: bytes = client.get_object(Bucket="silver", Key=key)["Body"].read()
+            return body
+
+        marker = json.loads(result("complete.json"))
+        first = next(e for e in events if e["event"] == "slide-complete" and e["slideId"] == "slide-0")
+        return Ran(
+            tiles_per_second=tiles_per_second(events),
+            peak_memory=peak,
+            requests=sum(marker["requests"].values()),
+            reads=marker["requests"]["get"] - 1,
+            bytes_read=first["bytesRead"],
+            tissue_bytes=_tissue_bytes(slide, pq.read_table(io.BytesIO(result("tiles.parquet"))).to_pydict()),
+            bound=events[-1]["bound"],
+        )
+
+    def events(
+        self, command: str, endpoint: str, slide: Path, slides: int, fields: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], int, str]:
+        """Runs a job and tells what it logged, its most memory, and the prefix of its results. `fields` are what
+        the shard has besides."""
         self._runs += 1
         os.environ["AWS_ENDPOINT_URL"] = endpoint
         prefix = f"runs/bench-{os.getpid()}-{self._runs}/"
@@ -77,10 +102,11 @@ class Job:
                 }
                 for number in range(slides)
             ],
+            **fields,
         }
         (self._root / "processing/input/shards/shard-0000.json").write_text(json.dumps(shard))
         process = subprocess.Popen(
-            [sys.executable, "-m", "slideway_inference", "process"],
+            [sys.executable, "-m", "slideway_inference", command],
             cwd=CONTAINER,
             env={**os.environ, "SLIDEWAY_ML_ROOT": str(self._root)},
             stdout=subprocess.PIPE,
@@ -90,29 +116,15 @@ class Job:
         out, _ = process.communicate()
         peak = watch.stop()
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, "slideway_inference process", out)
-        events = [json.loads(line) for line in out.splitlines()]
-        complete = [event for event in events if event["event"] == "slide-complete"]
-        started = min(_time(event) for event in events if event["event"] == "slide-started")
-        seconds = max(_time(event) for event in complete) - started
-        client = s3_client(4)
+            raise subprocess.CalledProcessError(process.returncode, f"slideway_inference {command}", out)
+        return [json.loads(line) for line in out.splitlines()], peak, prefix
 
-        def result(name: str) -> bytes:
-            key = f"{prefix}slide-0/{self._model.name}/{name}"
-            body: bytes = client.get_object(Bucket="silver", Key=key)["Body"].read()
-            return body
 
-        marker = json.loads(result("complete.json"))
-        first = next(event for event in complete if event["slideId"] == "slide-0")
-        return Ran(
-            tiles_per_second=sum(event["tilesDone"] for event in complete) / seconds,
-            peak_memory=peak,
-            requests=sum(marker["requests"].values()),
-            reads=marker["requests"]["get"] - 1,
-            bytes_read=first["bytesRead"],
-            tissue_bytes=_tissue_bytes(slide, pq.read_table(io.BytesIO(result("tiles.parquet"))).to_pydict()),
-            bound=events[-1]["bound"],
-        )
+def tiles_per_second(events: list[dict[str, Any]]) -> float:
+    """From the first slide's start to the last one's end."""
+    complete = [event for event in events if event["event"] == "slide-complete"]
+    started = min(_time(event) for event in events if event["event"] == "slide-started")
+    return float(sum(event["tilesDone"] for event in complete)) / (max(map(_time, complete)) - started)
 
 
 def _time(event: dict[str, Any]) -> float:

@@ -278,8 +278,8 @@ def whole(
     """A job from S3 to Parquet, against its decoding and its model alone, in the same rounds."""
     with tempfile.TemporaryDirectory() as folder:
         model = ModelRef("haematoxylin-area", "1.0.0", options.digest)
-        spec, weights = open_package(options.model, model, Path(folder))
-        predictors = load_predictors(spec, weights, threads)
+        package = open_package(options.model, model, Path(folder))
+        predictors = load_predictors(package, threads)
         grid = grid_of(case, options.rows)
         job = Job(Path(folder) / "ml", options.model, model)
         runs = []

@@ -1,20 +1,42 @@
-"""The container's entry point: `python -m slideway_inference process`."""
+"""The container's entry point: `python -m slideway_inference process`, `tile`, `join`, `serve`;
+and `package`, which builds and checks model packages."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from slideway_inference import package
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="slideway_inference", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("process", help="work through this instance's shards of a SageMaker Processing job")
-    parser.parse_args()
+    commands.add_parser("process", help="run the model over the slides of this instance's shards")
+    commands.add_parser("tile", help="tile the slides of this instance's shards for Batch Transform")
+    commands.add_parser("join", help="put Batch Transform's predictions of those tiles together by slide")
+    commands.add_parser("serve", help="answer for packs of tiles over HTTP, as Batch Transform and endpoints ask")
+    package.add_arguments(commands.add_parser("package", help="build or check a model package"))
+    options = parser.parse_args()
+    command = options.command
+    if command == "serve":
+        from slideway_inference.serve import serve
 
-    from slideway_inference.job import process  # PyTorch is slow to import; not for --help
+        return serve()
+    if command == "package":
+        return package.run(options)
 
-    return process()
+    from slideway_inference import job  # slow to import; not for --help
+
+    if command == "tile":
+        from slideway_inference.tiler import tile
+
+        return job.run(tile)
+    if command == "join":
+        from slideway_inference.join import join
+
+        return job.run(join)
+    return job.run(job.process)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from slideway_inference.errors import ShardInvalid
 
 MppSource = Literal["manifest", "catalogue", "file"]
+TileFormat = Literal["jpeg", "png", "raw"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,37 @@ class ShardSlide:
 
 
 @dataclass(frozen=True)
+class TileSize:
+    """A model's tile: pixels a side, µm per pixel, and pixels that neighbours share."""
+
+    px: int
+    mpp: float
+    overlap: int
+
+
+@dataclass(frozen=True)
+class Place:
+    bucket: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Where tilesets go and how tiles are stored there. `quality` is None where the format has none."""
+
+    place: Place
+    format: TileFormat
+    quality: int | None
+    pack_bytes: int
+    objects: bool
+    keep_days: int
+
+
+@dataclass(frozen=True)
 class Shard:
+    """`tiling`, `tiled` and `transformed` are there in transform mode: how to tile, where what became of each slide
+    is told, and where the Transform jobs' outputs lie."""
+
     run_id: str
     shard: int
     model: ModelRef
@@ -60,6 +91,10 @@ class Shard:
     output_bucket: str
     output_prefix: str
     slides: tuple[ShardSlide, ...]
+    tile: TileSize | None = None
+    tiling: Tiling | None = None
+    tiled: Place | None = None
+    transformed: Place | None = None
 
 
 def parse_shard(text: str | bytes, name: str) -> Shard:
@@ -78,6 +113,10 @@ def parse_shard(text: str | bytes, name: str) -> Shard:
             output_bucket=_string(document["output"]["bucket"]),
             output_prefix=_string(document["output"]["prefix"]),
             slides=tuple(_slide(slide) for slide in document["slides"]),
+            tile=_tile(document["tile"]) if "tile" in document else None,
+            tiling=_tiling(document["tiling"]) if "tiling" in document else None,
+            tiled=_place(document["tiled"]) if "tiled" in document else None,
+            transformed=_place(document["transformed"]) if "transformed" in document else None,
         )
     except KeyError as error:
         raise ShardInvalid(f"{name} lacks {error.args[0]}") from error
@@ -103,6 +142,31 @@ def _slide(document: dict[str, Any]) -> ShardSlide:
     if slide.key not in {file.key for file in slide.files}:
         raise ValueError(f"slide {slide.slide_id}: bronze.key is not one of bronze.files")
     return slide
+
+
+def _tile(document: dict[str, Any]) -> TileSize:
+    tile = TileSize(int(document["px"]), float(document["mpp"]), int(document.get("overlap", 0)))
+    if tile.px < 1 or not tile.mpp > 0 or not 0 <= tile.overlap < tile.px:
+        raise ValueError("tile is none")
+    return tile
+
+
+def _place(document: dict[str, Any]) -> Place:
+    return Place(_string(document["bucket"]), _string(document["prefix"]))
+
+
+def _tiling(document: dict[str, Any]) -> Tiling:
+    tile_format = document["format"]
+    if tile_format not in ("jpeg", "png", "raw"):
+        raise ValueError(f"tiling.format is {json.dumps(tile_format)[:80]}")
+    return Tiling(
+        place=_place(document),
+        format=tile_format,
+        quality=int(document["quality"]) if tile_format == "jpeg" else None,
+        pack_bytes=int(document["packBytes"]),
+        objects=bool(document.get("objects", False)),
+        keep_days=int(document["keepDays"]),
+    )
 
 
 def _string(value: object) -> str:

@@ -44,6 +44,18 @@ class OutputFailed(SlideFailed):
     """The slide's results could not be written to Silver."""
 
 
+class PackTooSmall(SlideFailed):
+    """A tile alone is larger than a pack may be."""
+
+
+class TilesetMissing(SlideFailed):
+    """The slide's tiles are not there, or not what the tiler writes."""
+
+
+class PackFailed(SlideFailed):
+    """A pack of the slide has no predictions, or predictions that are not those of its tiles."""
+
+
 class DiskFull(SlideFailed):
     """The instance's volume is too small for the slide."""
 
@@ -74,6 +86,60 @@ class ModelDigestMismatch(JobFailed):
 
 class ModelFormatNotSupported(JobFailed):
     """The package holds a kind of model, or asks for a mode, that this entry point does not run."""
+
+
+class TileUnreadable(SlidewayError):
+    """A tile of a request is no image of the model's size, or is damaged."""
+
+
+class RequestRefused(SlidewayError):
+    """A request to `serve` that gets no answer of the model; `status` is HTTP's."""
+
+    status = 400
+
+
+class RequestInvalid(RequestRefused):
+    """The request is not what `serve` takes."""
+
+
+class PackInvalid(RequestRefused):
+    """The pack is no tar file, or is damaged."""
+
+
+class RequestTimeout(RequestRefused):
+    """The request's body did not arrive in time."""
+
+    status = 408
+
+
+class PayloadTooLarge(RequestRefused):
+    """The request, or its answer, is larger than the limit."""
+
+    status = 413
+
+
+class MediaTypeNotSupported(RequestRefused):
+    """The request's Content-Type is none that `serve` takes."""
+
+    status = 415
+
+
+class ModelStuck(RequestRefused):
+    """The model did not answer in time; the server starts anew."""
+
+    status = 500
+
+
+class Unavailable(RequestRefused):
+    """The server is stopping, starting anew, or has no room for long; another try may succeed."""
+
+    status = 503
+
+
+class AnswerTimeout(RequestRefused):
+    """The tiles could not be answered for in time."""
+
+    status = 504
 
 
 class Stopped(SlidewayError):

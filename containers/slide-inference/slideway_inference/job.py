@@ -1,6 +1,7 @@
-"""`process`: one instance of a SageMaker Processing job. Finds its shards, loads the model, works the slides, and
-tells the end in `output/message` and its exit code: 0 when the shard was worked through, 1 when the model package
-is unusable or every slide failed, 143 when it was told to stop."""
+"""One instance of a SageMaker Processing job: `process` infers slides, `tile` tiles them, `join` puts predictions
+of tiles together. Each finds its shards, works the slides, and tells the end in `output/message` and its exit code:
+0 when the shards were worked through, 1 when the model package is unusable or every slide failed, 143 when it was
+told to stop."""
 
 from __future__ import annotations
 
@@ -11,22 +12,40 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from slideway_inference.contracts import Shard, parse_shard
 from slideway_inference.errors import JobFailed, ShardInvalid, Stopped
 from slideway_inference.log import Log
-from slideway_inference.model import Predictor, load_predictors, open_package
-from slideway_inference.pipeline import Pipeline, Tally, processors, shares
+from slideway_inference.pipeline import Pipeline, Tally, Task, processors, shares
 from slideway_inference.store import Store
 
 _MESSAGE_BYTES = 1024
 _STOPPED = 128 + signal.SIGTERM
 
 
-def process() -> int:
-    """Runs the job and returns its exit code."""
+@dataclass(frozen=True)
+class Job:
+    """What is given to the work on slides. `scratch` is empty, and gone afterwards."""
+
+    root: Path
+    name: str
+    shards: Sequence[Shard]
+    scratch: Path
+    log: Log
+    stop: threading.Event
+    tally: Tally
+
+    @property
+    def package(self) -> Path:
+        """The model package, where the job has one."""
+        return self.root / "processing/input/model/model.tar.gz"
+
+
+def run(work: Callable[[Job], None]) -> int:
+    """Runs a job and returns its exit code. `work` is called when there are slides."""
     root = Path(os.environ.get("SLIDEWAY_ML_ROOT", "/opt/ml"))
     log = Log()
     stop = threading.Event()
@@ -40,7 +59,8 @@ def process() -> int:
         slides = sum(len(shard.slides) for shard in shards)
         log.event("job-started", slides=slides, shards=[shard.shard for shard in shards])
         if slides:
-            _work(root, shards, log, stop, tally)
+            with tempfile.TemporaryDirectory(prefix="slideway-", dir=os.environ.get("SLIDEWAY_SCRATCH")) as scratch:
+                work(Job(root, _job_name(root), shards, Path(scratch), log, stop, tally))
         code, message = _ending(tally)
     except Stopped:
         code, message = _STOPPED, f"Stopped before the end. {_counts(tally)}"
@@ -78,32 +98,40 @@ def shards_of_host(root: Path) -> list[Shard]:
     return shards
 
 
-def _work(root: Path, shards: Sequence[Shard], log: Log, stop: threading.Event, tally: Tally) -> None:
-    with tempfile.TemporaryDirectory(prefix="slideway-", dir=os.environ.get("SLIDEWAY_SCRATCH")) as folder:
-        scratch = Path(folder)
-        archive = root / "processing/input/model/model.tar.gz"
-        model, weights = open_package(archive, shards[0].model, scratch)
-        cores = processors()
-        predictors = load_predictors(model, weights, cores)
-        readers = int(os.environ.get("SLIDEWAY_READERS", 0)) or readers_for(cores, predictors)
-        log.event("model-loaded", version=model.version, device=predictors[0].device_name, devices=len(predictors))
-        pipeline = Pipeline(
-            store=Store(),
-            model=model,
-            predictors=predictors,
-            readers=readers,
-            scratch=scratch,
-            job_name=_job_name(root),
-            log=log,
-            stop=stop,
-            tally=tally,
-        )
-        pipeline.run(shards)
+def process(job: Job) -> None:
+    from slideway_inference.features import import_h5py
+    from slideway_inference.inference import Inference  # it imports PyTorch, which is slow, and tiling needs none
+    from slideway_inference.model import load_predictors, open_package
+
+    package = open_package(job.package, job.shards[0].model, job.scratch / "model")
+    if package.spec.task == "embedding":
+        import_h5py()
+    cores = processors()
+    predictors = load_predictors(package, cores)
+    readers = readers_for(cores - sum(predictor.on_gpu for predictor in predictors))
+    device = predictors[0].device_name
+    job.log.event("model-loaded", version=package.spec.version, device=device, devices=len(predictors))
+    store = Store()
+    work_slides(job, store, Inference(store, package.spec, package.head(), predictors, job.name), readers)
 
 
-def readers_for(cores: int, predictors: Sequence[Predictor]) -> int:
-    """Readers only wait when the model is slower, so there is one per processor, but for those that feed GPUs."""
-    return max(1, cores - sum(predictor.on_gpu for predictor in predictors))
+def work_slides(job: Job, store: Store, task: Task, readers: int) -> None:
+    """Raises Stopped."""
+    pipeline = Pipeline(
+        store=store,
+        task=task,
+        readers=readers,
+        scratch=job.scratch,
+        log=job.log,
+        stop=job.stop,
+        tally=job.tally,
+    )
+    pipeline.run(job.shards)
+
+
+def readers_for(cores: int) -> int:
+    """Readers only wait when what follows is slower, so there is one per processor that feeds no GPU."""
+    return int(os.environ.get("SLIDEWAY_READERS", 0)) or max(1, cores)
 
 
 def _job_name(root: Path) -> str:

@@ -67,63 +67,57 @@ def pieces_of(mask: Bool) -> list[Piece]:
     left, _ = position(3)
     successor = np.where(has_right, right, np.where(has_straight, straight, left))
 
-    loop_of = np.full(len(edges), -1, np.int64)
-    loops: list[npt.NDArray[np.int64]] = []
+    paths: list[int] = []
+    firsts = []
     following = successor.tolist()
     seen = bytearray(len(edges))
     for first in range(len(following)):
         if seen[first]:
             continue
-        path = []
+        firsts.append(len(paths))
         edge = first
         while not seen[edge]:
             seen[edge] = 1
-            path.append(edge)
+            paths.append(edge)
             edge = following[edge]
-        members = np.array(path)
-        loop_of[members] = len(loops)
-        loops.append(members)
-    return _group(edges, direction, loop_of, loops, columns)
+    return _group(edges, np.array(paths), np.array(firsts), columns)
 
 
 def _group(
-    edges: npt.NDArray[np.int64],
-    direction: npt.NDArray[np.int64],
-    loop_of: npt.NDArray[np.int64],
-    loops: list[npt.NDArray[np.int64]],
-    columns: int,
+    edges: npt.NDArray[np.int64], path: npt.NDArray[np.int64], firsts: npt.NDArray[np.int64], columns: int
 ) -> list[Piece]:
-    """Holes go to the outer loop around them: left of a hole's first pixel lies tissue, and the run of tissue there
-    begins at an edge of the outer loop, or of a hole of the same piece that lies further left."""
-    corner = edges >> 2
-    north = np.flatnonzero(direction == 3)
+    """`path` has the edges loop by loop, each loop from `firsts` on. Holes go to the outer loop around them: left of
+    a hole's first pixel lies tissue, and the run of tissue there begins at an edge of the outer loop, or of a hole
+    of the same piece that lies further left."""
+    lengths = np.diff(np.append(firsts, len(path)))
+    before = np.arange(len(path)) - 1
+    before[firsts] += lengths
+    corner, direction = edges[path] >> 2, edges[path] & 3
+    x, y = corner % columns, corner // columns
+    signed = np.add.reduceat(x[before] * y - x * y[before], firsts) // 2
+    turns = direction != direction[before]
+    corners = np.stack([x[turns] - 1, y[turns] - 1], axis=1)
+    ends = np.add.reduceat(turns, firsts, dtype=np.int64).cumsum().tolist()
+    made = [
+        Loop(corners[start:end], area)
+        for start, end, area in zip([0, *ends], ends, np.abs(signed).tolist(), strict=False)
+    ]
+
     # A north edge at the left of pixel (y, x) starts at corner (y + 1, x).
-    north_pixels = corner[north] - columns
-    order = np.argsort(north_pixels)
-    north, north_pixels = north[order], north_pixels[order]
-
-    made: list[Loop] = []
-    signed: list[int] = []
-    for members in loops:
-        x, y = corner[members] % columns, corner[members] // columns
-        signed.append(int(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) // 2)
-        turns = direction[members] != np.roll(direction[members], 1)
-        made.append(Loop(np.stack([x[turns] - 1, y[turns] - 1], axis=1), abs(signed[-1])))
-
-    holes: dict[int, list[Loop]] = {index: [] for index, area in enumerate(signed) if area > 0}
-    parent = list(range(len(loops)))
-    pending = []
-    for index, area in enumerate(signed):
-        if area < 0:
-            # South edges run down the right side of tissue: after the topmost, leftmost comes the hole's first.
-            members = loops[index]
-            south = members[direction[members] == 1]
-            pending.append((int(corner[south].min()), index))
-    for pixel, index in sorted(pending):
-        start = int(np.searchsorted(north_pixels, pixel)) - 1
-        parent[index] = parent[loop_of[north[start]]]
+    loop_of = np.repeat(np.arange(len(firsts)), lengths)
+    north = np.flatnonzero(direction == 3)
+    north = north[np.argsort(corner[north])]
+    # South edges run down the right side of tissue: after the topmost, leftmost comes the hole's first.
+    pixel = np.minimum.reduceat(np.where(direction == 1, corner, corner.max()), firsts)
+    inner = np.flatnonzero(signed < 0)
+    inner = inner[np.argsort(pixel[inner])]
+    beside = loop_of[north[np.searchsorted(corner[north] - columns, pixel[inner]) - 1]]
+    holes: dict[int, list[Loop]] = {index: [] for index in np.flatnonzero(signed > 0).tolist()}
+    parent = list(range(len(firsts)))
+    for index, neighbour in zip(inner.tolist(), beside.tolist(), strict=True):
+        parent[index] = parent[neighbour]
         holes[parent[index]].append(made[index])
-    return [Piece(made[index], tuple(inner)) for index, inner in holes.items()]
+    return [Piece(made[index], tuple(inside)) for index, inside in holes.items()]
 
 
 def fill(pieces: list[Piece], shape: tuple[int, int]) -> Bool:

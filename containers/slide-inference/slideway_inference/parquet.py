@@ -1,31 +1,41 @@
 """Writes tiles.parquet. With pyarrow the columns are compressed; without it (plain Debian packages) a small writer
 makes the same table as uncompressed, PLAIN-encoded Parquet. Neither puts in a time, so equal tables give equal
-bytes with the same writer."""
+bytes with the same writer. What the small writer made can be read back here without pyarrow too."""
 
 from __future__ import annotations
 
 import io
 import struct
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Column = npt.NDArray[np.int32] | npt.NDArray[np.float32] | Sequence[str]
+Column = npt.NDArray[np.int32] | npt.NDArray[np.int64] | npt.NDArray[np.float32] | Sequence[str]
 
 _PAGE_ROWS = 1 << 20
-_INT32, _FLOAT, _BYTE_ARRAY = 1, 4, 6
+_INT32, _INT64, _FLOAT, _BYTE_ARRAY = 1, 2, 4, 6
+_KINDS: dict[np.dtype[Any], int] = {
+    np.dtype(np.int32): _INT32,
+    np.dtype(np.int64): _INT64,
+    np.dtype(np.float32): _FLOAT,
+}
 
 
 def write_parquet(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> bytes:
-    """A table of required columns (int32, float32 or strings), in order, with file metadata."""
+    """A table of required columns (int32, int64, float32 or strings), in order, with file metadata."""
     try:
         import pyarrow
     except ImportError:
         return write_plain(columns, metadata)
     from pyarrow import parquet
 
-    types = {np.dtype(np.int32): pyarrow.int32(), np.dtype(np.float32): pyarrow.float32()}
+    types = {
+        np.dtype(np.int32): pyarrow.int32(),
+        np.dtype(np.int64): pyarrow.int64(),
+        np.dtype(np.float32): pyarrow.float32(),
+    }
     fields, arrays = [], []
     for name, column in columns.items():
         kind = types[column.dtype] if isinstance(column, np.ndarray) else pyarrow.string()
@@ -33,7 +43,10 @@ def write_parquet(columns: Mapping[str, Column], metadata: Mapping[str, str]) ->
         arrays.append(pyarrow.array(column, kind))
     schema = pyarrow.schema(fields, metadata=dict(sorted(metadata.items())))
     target = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), target, compression="zstd")
+    # A dictionary of floats holds nearly every one of them, and each row its place in it besides.
+    words = [name for name, column in columns.items() if not isinstance(column, np.ndarray)]
+    table = pyarrow.Table.from_arrays(arrays, schema=schema)
+    parquet.write_table(table, target, compression="zstd", use_dictionary=words)
     return target.getvalue()
 
 
@@ -86,7 +99,7 @@ def write_plain(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> b
 def _kind(column: Column) -> int:
     if not isinstance(column, np.ndarray):
         return _BYTE_ARRAY
-    return {np.dtype(np.int32): _INT32, np.dtype(np.float32): _FLOAT}[column.dtype]
+    return _KINDS[column.dtype]
 
 
 def _plain(column: Column) -> bytes:
@@ -94,6 +107,47 @@ def _plain(column: Column) -> bytes:
         return column.astype(column.dtype.newbyteorder("<")).tobytes()
     encoded = [text.encode() for text in column]
     return b"".join(struct.pack("<I", len(text)) + text for text in encoded)
+
+
+def read_plain(data: bytes) -> dict[str, Column]:
+    """The columns of what `write_plain` made. Raises ValueError for anything else."""
+    if len(data) < 12 or data[:4] != b"PAR1" or data[-4:] != b"PAR1":
+        raise ValueError("it is no Parquet")
+    (size,) = struct.unpack("<I", data[-8:-4])
+    try:
+        footer = _Thrift(data, len(data) - 8 - size).struct()
+        if footer[6] != b"slideway":
+            raise ValueError("another writer made it")
+        columns: dict[str, Column] = {}
+        for chunk in footer[4][0][1]:
+            details = chunk[3]
+            columns[details[3][0].decode()] = _read_column(data, details[1], details[9], details[5])
+    except (KeyError, IndexError, TypeError, struct.error) as error:
+        raise ValueError("its footer is damaged") from error
+    return columns
+
+
+def _read_column(data: bytes, kind: int, at: int, rows: int) -> Column:
+    pages = []
+    for _ in range(0, max(rows, 1), _PAGE_ROWS):
+        page = _Thrift(data, at)
+        head = page.struct()
+        at = page.at + head[2]
+        pages.append(data[page.at : at])
+    body = b"".join(pages)
+    if kind == _BYTE_ARRAY:
+        texts, start = [], 0
+        while start < len(body):
+            (length,) = struct.unpack_from("<I", body, start)
+            texts.append(body[start + 4 : start + 4 + length].decode())
+            start += 4 + length
+        column: Column = texts
+    else:
+        dtype = next(dtype for dtype, found in _KINDS.items() if found == kind)
+        column = np.frombuffer(body, dtype.newbyteorder("<")).astype(dtype)
+    if len(column) != rows:
+        raise ValueError("a column has another length than the table")
+    return column
 
 
 # Thrift's compact protocol, as far as Parquet's footer needs it. A field is (id, value): text, or (type, bytes).
@@ -147,3 +201,48 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+class _Thrift:
+    """Reads a struct as {field: value}, with lists, numbers, bytes and structs in it."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self._data = data
+        self.at = at
+
+    def struct(self) -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        last = 0
+        while head := self._data[self.at]:
+            self.at += 1
+            last += head >> 4
+            fields[last] = self._value(head & 15)
+        self.at += 1
+        return fields
+
+    def _value(self, kind: int) -> Any:  # noqa: ANN401
+        if kind in (5, 6):
+            number = self._varint()
+            return number >> 1 ^ -(number & 1)
+        if kind == 8:
+            length = self._varint()
+            self.at += length
+            return self._data[self.at - length : self.at]
+        if kind == 9:
+            head = self._data[self.at]
+            self.at += 1
+            count = self._varint() if head >> 4 == 15 else head >> 4
+            return [self._value(head & 15) for _ in range(count)]
+        if kind == 12:
+            return self.struct()
+        raise ValueError(f"its footer has a field of type {kind}")
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._data[self.at]
+            self.at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7

@@ -6,34 +6,35 @@
               first tiles, so that batches are full
     stream    a thread per slide in S3 hears what the reader process has filled
     read      a thread per reader process asks for batches of slides on disk
-    infer     one thread per predictor runs the model, and deals the answers back by slide
+    work      one thread per worker gives batches to the task, and deals the answers back by slide
     write     leaves the results in Silver and marks the slide complete
 
-Everything between them is bounded by the slots of the tile arena. A tile that the fast reader cannot give is tried
-once more from disk by the other. Whatever goes wrong with a slide is that slide's outcome, and the others go on."""
+What is made of tiles, and what is left of a slide, is the task's: `process` infers them (inference.py), `tile`
+encodes them into packs (tiler.py). Everything between is bounded by the slots of the tile arena. A tile that the
+fast reader cannot give is tried once more from disk by the other. Whatever goes wrong with a slide is that slide's
+outcome, and the others go on."""
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from slideway_inference.contracts import Shard, ShardSlide
+from slideway_inference.contracts import Shard, ShardSlide, TileSize
 from slideway_inference.errors import (
     InternalError,
-    ModelError,
     SlideFailed,
     SlideQuarantined,
     SlideUnopenable,
@@ -44,11 +45,9 @@ from slideway_inference.errors import (
 )
 from slideway_inference.fast import NotFast, PlanesNotSupported
 from slideway_inference.log import Log
-from slideway_inference.model import ModelSpec, Predictor, Values
 from slideway_inference.reader_process import Filled, ReadRequest
 from slideway_inference.reading import Arena, ReaderProcess
 from slideway_inference.remote import Usage
-from slideway_inference.results import completion, is_done, result_key, tiles_parquet, write_results
 from slideway_inference.store import Requests, Store
 from slideway_inference.survey import Survey, SurveyRequest
 
@@ -58,7 +57,7 @@ _LANES = 3
 _PREPARING = 2
 _SLOT_BYTES = 32 << 20
 _POLL = 0.2
-_PROGRESS_SECONDS = 1.0
+PROGRESS_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -71,24 +70,119 @@ class Tally:
     states: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
     busy: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, state: str, reason: str | None = None) -> None:
+        with self._lock:
+            self.states[state] += 1
+            if reason is not None:
+                self.reasons.append(reason)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        with self._lock:
+            self.busy.update(seconds)
+
+
+Tiles = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int32]
+Answers = npt.NDArray[np.float32] | list[bytes]
+"""What a worker makes of tiles, one for each."""
+
+
+class Worker(Protocol):
+    """One device or processor, used by one thread. `in_flight` is how many batches may be submitted before the
+    first of their answers is asked for."""
+
+    @property
+    def on_gpu(self) -> bool: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def submit(self, tiles: Tiles, stored: Lengths) -> Callable[[], Answers]:
+        """Begins with tiles (n, px, px, 3), which may be overwritten afterwards; the answers are waited for by
+        calling. Where `stored` (n,) is not 0, a tile's first so many bytes are a JPEG stream in place of pixels.
+        What either raises is the error of the slides whose tiles they are."""
+        ...
+
+
+class Target(Protocol):
+    """Where a slide's answers go, from several threads, each tile's once."""
+
+    def put(self, indices: npt.NDArray[np.intp], answers: Answers) -> None: ...
+
+    def close(self) -> None:
+        """Nothing of it is needed any more."""
+        ...
 
 
 @dataclass
-class _Work:
-    """A slide on its way. `readable` and `values` fill batch by batch. `todo` are the tiles to read from disk."""
+class SlideWork:
+    """A slide on its way, as its task knows it. `readable` (n,) goes with the survey's positions."""
 
     shard: Shard
     slide: ShardSlide
     folder: Path
     requests: Requests = field(default_factory=Requests)
     timings: dict[str, float] = field(default_factory=dict)
+    bound: dict[str, float] = field(default_factory=dict)
+    survey: Survey | None = None
+    readable: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    target: Target | None = None
+    error: SlidewayError | None = None
+
+    def fail(self, error: Exception) -> None:
+        """The first error is the slide's; what follows from it is not told."""
+        if not isinstance(error, SlideQuarantined | SlideFailed):
+            error = InternalError(f"{type(error).__name__} in {threading.current_thread().name}: {error}"[:500])
+        if self.error is None:
+            self.error = error
+
+    @property
+    def surveyed(self) -> Survey:
+        assert self.survey is not None
+        return self.survey
+
+
+class Task(ABC):
+    """What tiles are read for."""
+
+    tile: TileSize
+    batch: int
+    """Tiles that a worker gets at once, at most."""
+    stored: bool
+    """Whether native JPEG tiles that are wanted as they are come as they are stored."""
+    state: Literal["INFERRED", "TILED"]
+    """Of a slide that went well."""
+    timing: str
+    part: str
+    """What the workers do, among a slide's timings and in `bound`."""
+    workers: Sequence[Worker]
+
+    @abstractmethod
+    def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
+        """The state of an earlier attempt that still holds; None when the slide is to be worked on."""
+
+    @abstractmethod
+    def begin(self, work: SlideWork) -> Target:
+        """The slide is surveyed, and its tiles will come."""
+
+    @abstractmethod
+    def write(self, work: SlideWork) -> None:
+        """All its tiles have come. Raises SlidewayError, which then is the slide's."""
+
+    @abstractmethod
+    def complete(self, work: SlideWork) -> None:
+        """Marks the slide's end, also after an error. Raises SlidewayError."""
+
+
+@dataclass
+class _Work(SlideWork):
+    """`todo` are the tiles to read from disk."""
+
     started: float = field(default_factory=time.monotonic)
     lane: ReaderProcess | None = None
     path: Path | None = None
-    survey: Survey | None = None
-    readable: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    values: Values = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    error: SlidewayError | None = None
     granted: dict[int, _Segment] = field(default_factory=dict)
     streaming: bool = False
     strips: Sequence[int] = ()
@@ -103,16 +197,11 @@ class _Work:
     progress_at: float = 0.0
     on_disk: bool = False
 
-    @property
-    def surveyed(self) -> Survey:
-        assert self.survey is not None
-        return self.survey
-
 
 @dataclass
 class _Segment:
-    """The tiles of one slide within a batch: from row `first` on, which of the slide's they are and which of them
-    could be read. No `indices`: nothing came."""
+    """The tiles of one slide within a batch: from row `first` on, which of the slide's they are, which of them
+    could be read, and which lie there as they are stored. No `indices`: nothing came."""
 
     batch: _Batch
     work: _Work
@@ -121,12 +210,13 @@ class _Segment:
     streamed: bool
     indices: npt.NDArray[np.intp] | None = None
     readable: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    stored: Lengths = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass
 class _Batch:
     """What lies in a slot of the arena: tiles of one or more slides, `count` in all. Sealed when no more will be
-    added; ready for the model when then nothing is awaited."""
+    added; ready for a worker when then nothing is awaited."""
 
     slot: int
     segments: list[_Segment] = field(default_factory=list)
@@ -144,11 +234,11 @@ class _Batch:
 
 @dataclass
 class _Flying:
-    """A batch on a device: its parts that the model sees, what answers for them, and the seconds so far."""
+    """A batch on a device: its parts that the worker sees, what answers for them, and the seconds so far."""
 
     batch: _Batch
     live: list[_Segment]
-    answer: Callable[[], Values] | None
+    answer: Callable[[], Answers] | None
     seconds: float
 
 
@@ -157,27 +247,22 @@ class Pipeline:
         self,
         *,
         store: Store,
-        model: ModelSpec,
-        predictors: Sequence[Predictor],
+        task: Task,
         readers: int,
         scratch: Path,
-        job_name: str,
         log: Log,
         stop: threading.Event,
         tally: Tally,
     ) -> None:
         self._store = store
-        self._model = model
-        self._predictors = predictors
+        self._task = task
+        self._px = task.tile.px
         self._scratch = scratch
-        self._job_name = job_name
         self._log = log
         self._stop = stop
-        many = f"{len(predictors)} × " if len(predictors) > 1 and predictors[0].on_gpu else ""
-        self._device = many + predictors[0].device_name
-        self._batch = max(1, min(model.batch, _SLOT_BYTES // (model.px**2 * 3)))
-        slots = 2 * (readers + len(predictors))
-        self._arena = Arena(slots, self._batch * model.px**2 * 3, scratch)
+        self._batch = max(1, min(task.batch, _SLOT_BYTES // (self._px**2 * 3)))
+        slots = 2 * (readers + len(task.workers))
+        self._arena = Arena(slots, self._batch * self._px**2 * 3, scratch)
         self._surveyor = ReaderProcess(self._arena, stop)
         self._surveying = threading.Lock()
         self._readers = [ReaderProcess(self._arena, stop) for _ in range(readers)]
@@ -211,16 +296,16 @@ class Pipeline:
         feed = self._thread("feed", self._feed)
         again = self._thread("again", self._prepare_again)
         read = [self._thread(f"read-{i}", self._read, reader) for i, reader in enumerate(self._readers)]
-        infer = [self._thread(f"infer-{i}", self._infer, model) for i, model in enumerate(self._predictors)]
+        work = [self._thread(f"work-{i}", self._work, worker) for i, worker in enumerate(self._task.workers)]
         write = self._thread("write", self._write_all)
         _join(prepare)
         with suppress(Stopped):
             self._put(self._prepared, None)
         _join([feed, *read])
         self._again.put(None)
-        for _ in infer:
+        for _ in work:
             self._filled.put(None)
-        _join([again, *infer])
+        _join([again, *work])
         self._finished.put(None)
         _join([write])
         for process in (self._surveyor, *self._readers, *self._lanes):
@@ -268,13 +353,10 @@ class Pipeline:
     def _prepare(self, work: _Work) -> bool:
         """Surveys a slide, fetching it first where the fast reader does not know it; False when there is nothing
         left to do for it."""
-        shard, slide = work.shard, work.slide
-        previous = self._store.get_if_there(
-            shard.output_bucket, result_key(shard, slide, "complete.json"), work.requests
-        )
-        state = is_done(previous, shard, slide) if previous is not None else None
+        slide = work.slide
+        state = self._task.earlier(work.shard, slide, work.requests)
         if state is not None:
-            self._count("SKIPPED")
+            self._tally.count("SKIPPED")
             self._log.event("slide-skipped", slideId=slide.slide_id, state=state)
             self._has_ended()
             return False
@@ -284,7 +366,7 @@ class Pipeline:
         try:
             opened = work.lane.open(self._request(work, slide))
             work.survey, work.strips = opened.survey, opened.strips
-            work.timings = {"fetch": 0.0, "tissue": work.survey.seconds, "read": 0.0, "infer": 0.0}
+            work.timings = self._timings(work.survey, fetched=0.0)
             self._used(work, replace(opened.usage, processor=0.0))
         except PlanesNotSupported:
             raise
@@ -294,7 +376,7 @@ class Pipeline:
             self._survey_from_disk(work)
         count = len(work.surveyed.positions)
         work.readable = np.zeros(count, np.bool_)
-        work.values = np.full((count, len(self._model.outputs)), np.nan, np.float32)
+        work.target = self._task.begin(work)
         work.unsettled = count
         if count == 0:
             self._finish(work)
@@ -310,8 +392,11 @@ class Pipeline:
                 work.survey = self._surveyor.survey(self._request(work, path))
             finally:
                 self._surveyor.release()
-        work.timings = {"fetch": fetched, "tissue": work.survey.seconds, "read": 0.0, "infer": 0.0}
+        work.timings = self._timings(work.survey, fetched)
         self._read_from_disk(work, np.arange(len(work.survey.positions)))
+
+    def _timings(self, survey: Survey, fetched: float) -> dict[str, float]:
+        return {"fetch": fetched, "tissue": survey.seconds, "read": 0.0, self._task.timing: 0.0, "write": 0.0}
 
     def _request(self, work: _Work, slide: Path | ShardSlide) -> SurveyRequest:
         return SurveyRequest(
@@ -319,9 +404,9 @@ class Pipeline:
             checksum=work.slide.checksum,
             mpp=work.slide.mpp,
             mpp_source=work.slide.mpp_source,
-            px=self._model.px,
-            tile_mpp=self._model.mpp,
-            overlap=self._model.overlap,
+            px=self._px,
+            tile_mpp=self._task.tile.mpp,
+            overlap=self._task.tile.overlap,
             mpp_tolerance=work.shard.parameters.mpp_tolerance,
             tissue_min_fraction=work.shard.parameters.tissue_min_fraction,
         )
@@ -386,7 +471,7 @@ class Pipeline:
             work.unsettled += 1  # the stream itself, so that the slide is not finished before
             lane, survey = work.lane, work.surveyed
             room = self._batch - (open_batch.count if open_batch else 0)
-            lane.stream(survey.geometry, survey.positions, self._batch, room)
+            lane.stream(survey.geometry, survey.positions, self._batch, room, self._task.stored)
             streams.append(self._thread("stream", self._hear, work, lane))
             open_batch = self._grant(work, lane, open_batch)
         self._seal(open_batch)
@@ -403,7 +488,7 @@ class Pipeline:
                     if not work.streaming or work.error is not None:
                         return batch
                     segment = batch.add(work, count, streamed=True)
-                    offset = self._arena.offset(batch.slot, segment.first, self._model.px)
+                    offset = self._arena.offset(batch.slot, segment.first, self._px)
                     work.granted[offset] = segment
                 lane.grant(offset, count)
                 left -= count
@@ -446,7 +531,7 @@ class Pipeline:
             while isinstance(reply := lane.streamed(waits), Filled):
                 with self._lock:
                     segment = work.granted.pop(reply.offset)
-                segment.indices, segment.readable = reply.indices, reply.readable
+                segment.indices, segment.readable, segment.stored = reply.indices, reply.readable, reply.stored
                 work.readable[reply.indices] = reply.readable
                 missing[reply.indices] = ~reply.readable
                 again[reply.indices] = reply.again
@@ -506,10 +591,11 @@ class Pipeline:
         work, indices = segment.work, segment.indices
         assert indices is not None
         segment.readable = np.zeros(segment.count, np.bool_)
+        segment.stored = np.zeros(segment.count, np.int32)
         if work.error is not None or work.path is None:
             return
         survey = work.surveyed
-        offset = self._arena.offset(segment.batch.slot, segment.first, self._model.px)
+        offset = self._arena.offset(segment.batch.slot, segment.first, self._px)
         segment.readable = reader.read(
             ReadRequest(
                 work.path,
@@ -579,82 +665,89 @@ class Pipeline:
         if last:
             self._evict(work)
 
-    # --- infer -------------------------------------------------------------------------------------------------
+    # --- work --------------------------------------------------------------------------------------------------
 
-    def _infer(self, predictor: Predictor) -> None:
+    def _work(self, worker: Worker) -> None:
         """Keeps as many batches in flight as the device takes; the next one goes there before an answer is waited
         for, if it is there."""
         flying: deque[_Flying] = deque()
         while (batch := self._get(self._filled)) is not None:
-            flying.append(self._submit(predictor, batch))
-            while flying and (len(flying) >= predictor.in_flight or self._filled.empty()):
-                self._land(predictor, flying.popleft())
+            flying.append(self._submit(worker, batch))
+            while flying and (len(flying) >= worker.in_flight or self._filled.empty()):
+                self._land(worker, flying.popleft())
         for last in flying:
-            self._land(predictor, last)
+            self._land(worker, last)
 
-    def _submit(self, predictor: Predictor, batch: _Batch) -> _Flying:
-        began = _clock(predictor)
+    def _submit(self, worker: Worker, batch: _Batch) -> _Flying:
+        began = _clock(worker)
         live = [part for part in batch.segments if part.work.error is None and part.readable.any()]
-        answer: Callable[[], Values] | None = None
+        answer: Callable[[], Answers] | None = None
         if live:
             rows = np.concatenate([part.first + np.flatnonzero(part.readable) for part in live])
-            tiles = self._arena.tiles(batch.slot, batch.count, self._model.px)
-            with suppress(ModelError):  # whose slide it is, is found out when it lands
-                answer = predictor.submit(tiles if len(rows) == batch.count else tiles[rows])
-        return _Flying(batch, live, answer, _clock(predictor) - began)
+            stored = np.concatenate([part.stored[part.readable] for part in live])
+            tiles = self._arena.tiles(batch.slot, batch.count, self._px)
+            with suppress(Exception):  # whose slide it is, is found out when it lands
+                answer = worker.submit(tiles if len(rows) == batch.count else tiles[rows], stored)
+        return _Flying(batch, live, answer, _clock(worker) - began)
 
-    def _land(self, predictor: Predictor, flying: _Flying) -> None:
+    def _land(self, worker: Worker, flying: _Flying) -> None:
         """Deals the answers back by slide."""
-        began = _clock(predictor)
+        began = _clock(worker)
         batch, live = flying.batch, flying.live
         try:
-            values = flying.answer() if flying.answer is not None else None
+            answers = flying.answer() if flying.answer is not None else None
         except Exception:
-            values = None
-        if values is None:
-            self._infer_apart(predictor, batch, live)
+            answers = None
+        if answers is None:
+            self._work_apart(worker, batch, live)
         else:
-            ends = np.cumsum([part.readable.sum() for part in live])
-            for part, own in zip(live, np.split(values, ends[:-1]), strict=True):
-                assert part.indices is not None
-                part.work.values[part.indices[part.readable]] = own
+            start = 0
+            for part in live:
+                end = start + int(part.readable.sum())
+                self._deal(part, answers[start:end])
+                start = end
         self._free.put(batch.slot)
-        seconds = flying.seconds + _clock(predictor) - began
+        seconds = flying.seconds + _clock(worker) - began
         for part in batch.segments:
             count = int(part.readable.sum()) if part.streamed else part.count  # others of a stream are tried again
             with self._lock:
-                part.work.timings["infer"] += seconds * part.count / batch.count
+                part.work.timings[self._task.timing] += seconds * part.count / batch.count
                 part.work.done += count
             self._progress(part.work)
             self._settle(part.work, count)
 
-    def _infer_apart(self, predictor: Predictor, batch: _Batch, live: Sequence[_Segment]) -> None:
+    def _work_apart(self, worker: Worker, batch: _Batch, live: Sequence[_Segment]) -> None:
         """After an error each slide's tiles by themselves, so that it is the error of whose they are."""
-        tiles = self._arena.tiles(batch.slot, batch.count, self._model.px)
+        tiles = self._arena.tiles(batch.slot, batch.count, self._px)
         for part in live:
-            assert part.indices is not None
+            own = tiles[part.first : part.first + part.count][part.readable]
             try:
-                own = tiles[part.first : part.first + part.count][part.readable]
-                part.work.values[part.indices[part.readable]] = predictor.run(own)
+                answers = worker.submit(own, part.stored[part.readable])()
             except Exception as error:
                 self._fail(part.work, error)
+            else:
+                self._deal(part, answers)
+
+    def _deal(self, part: _Segment, answers: Answers) -> None:
+        assert part.indices is not None
+        assert part.work.target is not None
+        try:
+            part.work.target.put(part.indices[part.readable], answers)
+        except Stopped:
+            raise
+        except Exception as error:
+            self._fail(part.work, error)
 
     def _progress(self, work: _Work) -> None:
         now = time.monotonic()
         with self._lock:
-            if now - work.progress_at < _PROGRESS_SECONDS:
+            if now - work.progress_at < PROGRESS_SECONDS:
                 return
             work.progress_at = now
-        self._log.event(
-            "slide-progress",
-            slideId=work.slide.slide_id,
-            tilesDone=work.done,
-            tilesTotal=len(work.readable),
-            tilesPerSecond=round(work.done / (now - work.reading_from), 1),
-        )
+        tell_progress(self._log, work, work.done, now - work.reading_from)
 
     def _settle(self, work: _Work, count: int) -> None:
-        """Some tiles have reached their end, inferred or given up; with the last of them the slide is finished."""
+        """Some tiles have reached their end, worked on or given up; with the last of them the slide is finished."""
         if count == 0:
             return
         with self._lock:
@@ -676,51 +769,29 @@ class Pipeline:
             self._has_ended()
 
     def _write(self, work: _Work) -> None:
-        shard, slide, survey = work.shard, work.slide, work.survey
         started = time.monotonic()
-        files: dict[str, bytes] = {}
         try:
-            if work.error is None and survey is not None:
+            if work.error is None and work.survey is not None:
                 if work.again and work.readable[work.todo].any():
-                    survey = work.survey = replace(survey, reader=f"{survey.reader}, openslide")
-                if len(work.readable) and not work.readable.any():
-                    raise SlideUnreadable(
-                        f"None of its {len(work.readable)} tiles can be read: scan or copy the file again."
-                    )
-                tiles = tiles_parquet(shard, slide, self._model, survey, work.readable, work.values)
-                files = {
-                    "tiles.parquet": tiles,
-                    "tissue.geojson": survey.geojson,
-                    "thumbnail.jpg": survey.thumbnail,
-                }
-                write_results(self._store, shard, slide, files, work.requests)
+                    work.survey = replace(work.survey, reader=f"{work.survey.reader}, openslide")
+                check_readable(work.readable)
+                self._task.write(work)
+        except Stopped:
+            raise
         except Exception as error:
             self._fail(work, error)
-            files = {}
         now = time.monotonic()
-        work.timings |= {"write": now - started, "total": now - work.started}
-        marker = completion(
-            shard,
-            slide,
-            self._job_name,
-            self._device,
-            error=work.error,
-            survey=survey,
-            model=self._model,
-            readable=work.readable,
-            files=files,
-            timings=work.timings,
-            bound=self._bound(work),
-            requests=work.requests,
-        )
+        work.timings["write"] = work.timings.get("write", 0.0) + now - started
+        work.timings["total"] = now - work.started
+        work.bound = self._bound(work)
         try:
-            key = result_key(shard, slide, "complete.json")
-            body = json.dumps(marker, ensure_ascii=False, indent=2).encode()
-            self._store.put(shard.output_bucket, key, body, "application/json", work.requests)
+            self._task.complete(work)
         except SlidewayError as error:
             if work.error is None:
                 work.error = error
-        self._report(work, marker)
+        if work.target is not None:
+            work.target.close()
+        self._report(work)
 
     def _bound(self, work: _Work) -> dict[str, float]:
         """What the slide's time went to: shares of the seconds that each part needs by itself, all of the
@@ -730,59 +801,32 @@ class Pipeline:
             "network": timings.get("fetch", 0.0),
             "tissue": timings.get("tissue", 0.0),
             "decode": timings.get("read", 0.0) / self._threads,
-            "model": timings.get("infer", 0.0) / len(self._predictors),
+            self._task.part: timings.get(self._task.timing, 0.0) / len(self._task.workers),
             "write": timings.get("write", 0.0),
         }
-        with self._lock:
-            self._tally.busy.update(seconds)
+        self._tally.add(seconds)
         return shares(seconds)
 
-    def _report(self, work: _Work, marker: dict[str, object]) -> None:
-        slide_id, error = work.slide.slide_id, work.error
-        if error is None:
-            self._count("INFERRED")
-            seconds = max(time.monotonic() - work.reading_from, 1e-3) if work.reading_from else 0.0
-            self._log.event(
-                "slide-complete",
-                slideId=slide_id,
-                tilesDone=len(work.readable),
-                tilesTotal=len(work.readable),
-                tilesPerSecond=round(len(work.readable) / seconds, 1) if seconds else 0.0,
-                tilesUnreadable=int((~work.readable).sum()),
-                tilesReadAgain=work.again,
-                bytesRead=work.bytes_read + (work.slide.size if work.path is not None else 0),
-                timings=marker["timings"],
-                bound=marker["bound"],
-            )
-            return
-        quarantined = isinstance(error, SlideQuarantined)
-        self._count("QUARANTINED" if quarantined else "FAILED")
-        self._tally.reasons.append(f"{slide_id}: {error.name}: {error}")
-        self._log.event(
-            "slide-quarantined" if quarantined else "slide-failed",
-            level="warning" if quarantined else "error",
-            slideId=slide_id,
-            error=error.name,
-            message=str(error),
+    def _report(self, work: _Work) -> None:
+        tell_end(
+            self._log,
+            self._tally,
+            work,
+            self._task.state,
+            time.monotonic() - work.reading_from if work.reading_from else 0.0,
+            tilesReadAgain=work.again,
+            bytesRead=work.bytes_read + (work.slide.size if work.path is not None else 0),
         )
 
     def _has_ended(self) -> None:
         with self._lock:
             self._left -= 1
 
-    def _count(self, state: str) -> None:
-        with self._lock:
-            self._tally.states[state] += 1
-
     # --- common ------------------------------------------------------------------------------------------------
 
     def _fail(self, work: _Work, error: Exception) -> None:
-        """The first error is the slide's; what follows from it is not told."""
-        if not isinstance(error, SlideQuarantined | SlideFailed):
-            error = InternalError(f"{type(error).__name__} in {threading.current_thread().name}: {error}"[:500])
         with self._lock:
-            if work.error is None:
-                work.error = error
+            work.fail(error)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -810,9 +854,58 @@ def _join(threads: Sequence[threading.Thread]) -> None:
             thread.join(_POLL)  # in short waits, so that signals are handled
 
 
-def _clock(predictor: Predictor) -> float:
+def tell_progress(log: Log, work: SlideWork, done: int, seconds: float) -> None:
+    log.event(
+        "slide-progress",
+        slideId=work.slide.slide_id,
+        tilesDone=done,
+        tilesTotal=len(work.readable),
+        tilesPerSecond=round(done / seconds, 1),
+    )
+
+
+def tell_end(log: Log, tally: Tally, work: SlideWork, state: str, seconds: float, **told: Any) -> None:  # noqa: ANN401
+    """Logs and counts how a slide ended: in `state`, its tiles taking `seconds`, or with its error."""
+    slide_id, error = work.slide.slide_id, work.error
+    if error is None:
+        tally.count(state)
+        log.event(
+            "slide-complete",
+            slideId=slide_id,
+            tilesDone=len(work.readable),
+            tilesTotal=len(work.readable),
+            tilesPerSecond=round(len(work.readable) / max(seconds, 1e-3), 1) if seconds else 0.0,
+            tilesUnreadable=int((~work.readable).sum()),
+            **told,
+            timings=rounded(work.timings),
+            bound=work.bound,
+        )
+        return
+    quarantined = isinstance(error, SlideQuarantined)
+    tally.count("QUARANTINED" if quarantined else "FAILED", f"{slide_id}: {error.name}: {error}")
+    log.event(
+        "slide-quarantined" if quarantined else "slide-failed",
+        level="warning" if quarantined else "error",
+        slideId=slide_id,
+        error=error.name,
+        message=str(error),
+    )
+
+
+def _clock(worker: Worker) -> float:
     """Seconds that a GPU is waited for; or of the processor, which is shared with reading."""
-    return time.perf_counter() if predictor.on_gpu else time.thread_time()
+    return time.perf_counter() if worker.on_gpu else time.thread_time()
+
+
+def check_readable(readable: npt.NDArray[np.bool_]) -> None:
+    """Raises SlideUnreadable when there are tiles and none can be read."""
+    if len(readable) and not readable.any():
+        raise SlideUnreadable(f"None of its {len(readable)} tiles can be read: scan or copy the file again.")
+
+
+def rounded(timings: Mapping[str, float]) -> dict[str, float]:
+    """Seconds to the millisecond, as markers and logs have them."""
+    return {name: round(seconds, 3) for name, seconds in timings.items()}
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -49,12 +49,14 @@ class ReadRequest:
 @dataclass(frozen=True)
 class StreamRequest:
     """Begins to read all of these tiles of the slide that was surveyed last, `first` of them into the first room
-    that is granted, `batch` into each that follows, less where a strip ends; see FastReader.read_batches."""
+    that is granted, `batch` into each that follows, less where a strip ends; native JPEG tiles as they are
+    `stored`, where that is asked for. See FastReader.read_batches."""
 
     geometry: TileGeometry
     positions: npt.NDArray[np.int32]
     batch: int
     first: int
+    stored: bool
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ class SurveyReply:
 
 @dataclass(frozen=True)
 class Filled:
-    """The grant at `offset` is filled: which tiles lie there, by their index, which of them could be read, and
-    which of the others OpenSlide may be able to read."""
+    """The grant at `offset` is filled: which tiles lie there, by their index, which of them could be read, which of
+    the others OpenSlide may be able to read, and how many bytes those have that lie there as JPEG streams (0:
+    pixels)."""
 
     offset: int
     indices: npt.NDArray[np.intp]
     readable: npt.NDArray[np.bool_]
     again: npt.NDArray[np.bool_]
+    stored: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -171,13 +175,14 @@ class _Worker:
         try:
             assert self._remote is not None
             batches = self._remote.reader.read_batches(
-                request.geometry, request.positions, request.batch, self._room, request.first
+                request.geometry, request.positions, request.batch, self._room, request.first, request.stored
             )
             for batch in batches:
                 readable, again = np.ones(len(batch.indices), np.bool_), np.zeros(len(batch.indices), np.bool_)
                 for place, unread in batch.unread.items():
                     readable[place], again[place] = False, unread.retry
-                self._connection.send(Filled(self._offsets.pop(id(batch.buffer)), batch.indices, readable, again))
+                offset = self._offsets.pop(id(batch.buffer))
+                self._connection.send(Filled(offset, batch.indices, readable, again, batch.stored))
             usage = self._remote.usage()
         except Exception as reason:
             error = self._error(reason)

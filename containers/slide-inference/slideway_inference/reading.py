@@ -105,9 +105,11 @@ class ReaderProcess:
         assert isinstance(reply, np.ndarray)
         return reply
 
-    def stream(self, geometry: TileGeometry, positions: npt.NDArray[np.int32], batch: int, first: int) -> None:
+    def stream(
+        self, geometry: TileGeometry, positions: npt.NDArray[np.int32], batch: int, first: int, stored: bool
+    ) -> None:
         """Begins to read tiles of the slide that was opened last; see StreamRequest."""
-        self._tell(StreamRequest(geometry, positions, batch, first))
+        self._tell(StreamRequest(geometry, positions, batch, first, stored))
 
     def grant(self, offset: int, count: int) -> None:
         """Gives the stream room for `count` tiles in the arena. From any thread."""

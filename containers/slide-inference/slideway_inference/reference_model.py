@@ -6,25 +6,24 @@ the debug records in which PyTorch keeps the path of its source."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import sys
-import tarfile
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from slideway_inference.model.package import packed
+from slideway_inference.model.torchscript import torchscript_bytes
+
 THRESHOLD = 0.4
 """Haematoxylin optical density above which a pixel counts."""
 
-_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Optical densities (red, green, blue) of haematoxylin, eosin and DAB: Ruifrok and Johnston, 2001."""
 
 _SOURCE = Path(__file__).resolve().parents[1] / "models/haematoxylin-area/model.json"
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class HaematoxylinArea(torch.nn.Module):  # type: ignore[misc]
@@ -37,7 +36,7 @@ class HaematoxylinArea(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        rows = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
+        rows = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
         weights = np.linalg.inv(rows)[:, 0]
         density = -np.log10(np.maximum(np.arange(256) / 255, 1e-6))
         red, green, blue = (density * weight for weight in weights)
@@ -58,39 +57,20 @@ class HaematoxylinArea(torch.nn.Module):  # type: ignore[misc]
         return torch.cat(areas)
 
 
-def model_bytes() -> bytes:
-    """model.pt: TorchScript, without PyTorch's debug records."""
-    raw = io.BytesIO()
-    torch.jit.save(torch.jit.script(HaematoxylinArea().eval()), raw)
-    clean = io.BytesIO()
-    with zipfile.ZipFile(raw) as source, zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as target:
-        for name in sorted(source.namelist()):
-            if not name.endswith(".debug_pkl"):
-                target.writestr(zipfile.ZipInfo(name, _EPOCH), source.read(name))
-    return clean.getvalue()
-
-
 def package_bytes() -> bytes:
     """model.tar.gz: model.json, which is read first, then model.pt."""
-    raw = io.BytesIO()
-    with (
-        gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
-        for name, data in (("model.json", _SOURCE.read_bytes()), ("model.pt", model_bytes())):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return raw.getvalue()
+    model = torchscript_bytes(torch.jit.script(HaematoxylinArea().eval()))
+    return packed({"model.json": _SOURCE, "model.pt": model})
 
 
-def main() -> int:
+def write_package(module: str, package: Callable[[], bytes]) -> int:
+    """What a bundled model's module does as a program; its exit code."""
     if len(sys.argv) != 2:
-        print("usage: python -m slideway_inference.reference_model <out folder>", file=sys.stderr)
+        print(f"usage: python -m slideway_inference.{module} <out folder>", file=sys.stderr)
         return 2
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    data = package_bytes()
+    data = package()
     (folder / "model.tar.gz").write_bytes(data)
     print(f"{folder / 'model.tar.gz'} sha256:{hashlib.sha256(data).hexdigest()}")
     return 0
@@ -99,4 +79,4 @@ def main() -> int:
 if __name__ == "__main__":
     from slideway_inference import reference_model  # TorchScript writes the module's name: let it be the same
 
-    sys.exit(reference_model.main())
+    sys.exit(write_package("reference_model", reference_model.package_bytes))

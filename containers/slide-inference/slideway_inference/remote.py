@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from slideway_inference.contracts import BronzeFile, ShardSlide
 from slideway_inference.errors import SlideUnopenable
 from slideway_inference.fast import NotFast, open_fast
-from slideway_inference.fast.source import ByteSource, Range, S3Source
+from slideway_inference.fast.source import ByteSource, Data, Range, S3Source
 from slideway_inference.store import layout, s3_client
 
 _STREAMS = 8
@@ -37,7 +37,7 @@ class RemoteSlide:
             raise SlideUnopenable("The file is empty (0 bytes): copy it again.")
         if len(slide.files) > 1 and not slide.key.lower().endswith(".dcm"):
             raise NotFast("a slide of many files")
-        self._watch = _Watch()
+        self._watch = Watch()
         self._client = s3_client(_STREAMS)
         self._counted = Usage(processor=time.process_time())
         paths = layout(slide)
@@ -75,7 +75,7 @@ class RemoteSlide:
             source.close()
 
 
-class _Watch:
+class Watch:
     """Seconds in which at least one of several threads was inside."""
 
     def __init__(self) -> None:
@@ -100,13 +100,13 @@ class _Watch:
 class _Watched:
     """A source whose reading is timed."""
 
-    def __init__(self, source: ByteSource, watch: _Watch) -> None:
+    def __init__(self, source: ByteSource, watch: Watch) -> None:
         self._source = source
         self._watch = watch
         self.size = source.size
         self.requests = self.bytes_read = 0
 
-    def read(self, ranges: Sequence[Range]) -> list[bytes]:
+    def read(self, ranges: Sequence[Range]) -> Sequence[Data]:
         with self._watch:
             try:
                 return self._source.read(ranges)

@@ -1,26 +1,32 @@
-"""What is left in Silver for a slide: tiles.parquet, tissue.geojson, thumbnail.jpg, and complete.json, which is
-written last and alone says that the slide is done. The marker is `completionSchema` of core/contracts.ts."""
+"""What is left in Silver for a slide: tiles.parquet, features.h5 of an embedding, tissue.geojson, thumbnail.jpg,
+and complete.json, which is written last and alone says that the slide is done. The marker is `completionSchema` of
+core/contracts.ts. Both modes write through here, from arrays and a survey, however they came by them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.contracts import Shard, ShardSlide
 from slideway_inference.errors import SlideQuarantined, SlidewayError
+from slideway_inference.features import features_h5
 from slideway_inference.log import now
-from slideway_inference.model import ModelSpec
 from slideway_inference.parquet import Column, write_parquet
 from slideway_inference.store import Requests, Store
 from slideway_inference.survey import Survey
 
+if TYPE_CHECKING:
+    from slideway_inference.model import Head, ModelSpec  # the tiler has no model, and no PyTorch
+
 CONTENT_TYPES = {
     "tiles.parquet": "application/vnd.apache.parquet",
+    "features.h5": "application/x-hdf5",
     "tissue.geojson": "application/geo+json",
     "thumbnail.jpg": "image/jpeg",
     "complete.json": "application/json",
@@ -38,8 +44,10 @@ def tiles_parquet(
     survey: Survey,
     readable: npt.NDArray[np.bool_],
     values: npt.NDArray[np.float32],
+    attention: npt.NDArray[np.float32] | None = None,
 ) -> bytes:
-    """`readable` (n,) and `values` (n, outputs) go with the survey's positions; unreadable tiles become NaN."""
+    """`readable` (n,), `values` (n, outputs) and a head's `attention` (n,) go with the survey's positions; what is
+    unreadable becomes NaN."""
     count = len(survey.positions)
     geometry = survey.geometry
     columns: dict[str, Column] = {
@@ -53,6 +61,8 @@ def tiles_parquet(
     }
     for index, column in enumerate(model.columns):
         columns[column] = np.where(readable, values[:, index], np.float32(np.nan))
+    if attention is not None:
+        columns["attention"] = attention
     metadata = {
         "slideId": slide.slide_id,
         "slideChecksum": slide.checksum,
@@ -71,16 +81,19 @@ def completion(
     job_name: str,
     device: str,
     *,
+    mode: Literal["processing", "transform"],
+    tileset: Mapping[str, Any] | None = None,
     error: SlidewayError | None,
     survey: Survey | None,
-    model: ModelSpec,
     readable: npt.NDArray[np.bool_] | None,
     files: Mapping[str, bytes],
     timings: Mapping[str, float],
     bound: Mapping[str, float],
     requests: Requests,
+    head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The marker. `requests` counts what was made until now; the marker's own put is added."""
+    """The marker. `requests` counts what was made until now; the marker's own put is added. `files` and `head` are
+    what `write_slide` answered."""
     state = "INFERRED" if error is None else "QUARANTINED" if isinstance(error, SlideQuarantined) else "FAILED"
     marker: dict[str, Any] = {"runId": shard.run_id, "slideId": slide.slide_id, "state": state}
     if error is not None:
@@ -92,7 +105,10 @@ def completion(
         "codeVersion": shard.code_version,
         "jobName": job_name,
         "completedAt": now(),
+        "mode": mode,
     }
+    if tileset is not None:
+        marker["tileset"] = dict(tileset)
     if survey is not None:
         marker["slide"] = {
             "width": survey.width,
@@ -119,6 +135,8 @@ def completion(
             "tiles": {"grid": survey.grid, "kept": len(readable), "ok": ok, "unreadable": len(readable) - ok},
             "tissue": {"areaMm2": survey.tissue_mm2, "mpp": survey.tissue_mpp},
         }
+        if head is not None:
+            marker["head"] = dict(head)
     marker |= {
         "outputs": {
             name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -149,9 +167,69 @@ def is_done(previous: bytes, shard: Shard, slide: ShardSlide) -> str | None:
     return state if same and state in ("INFERRED", "QUARANTINED") else None
 
 
-def write_results(
-    store: Store, shard: Shard, slide: ShardSlide, files: Mapping[str, bytes], requests: Requests
+@dataclass(frozen=True)
+class Written:
+    """What of a slide lies in Silver, name to bytes, and what complete.json says of its head, where it answered."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    head: dict[str, Any] | None = None
+
+
+def write_slide(
+    store: Store,
+    shard: Shard,
+    slide: ShardSlide,
+    model: ModelSpec,
+    head: Head | None,
+    survey: Survey,
+    readable: npt.NDArray[np.bool_],
+    values: npt.NDArray[np.float32],
+    requests: Requests,
+) -> Written:
+    """Leaves in Silver what the model made of a slide's tiles, all but the marker. `head` is the package's, loaded.
+    The arrays go with the survey's positions; `values` of unreadable tiles are not looked at. Raises OutputFailed,
+    and ModelError of the head."""
+    made = slide_files(shard, slide, model, head, survey, readable, values)
+    for name, data in sorted(made.files.items()):
+        store.put(shard.output_bucket, result_key(shard, slide, name), data, CONTENT_TYPES[name], requests)
+    return made
+
+
+def slide_files(
+    shard: Shard,
+    slide: ShardSlide,
+    model: ModelSpec,
+    head: Head | None,
+    survey: Survey,
+    readable: npt.NDArray[np.bool_],
+    values: npt.NDArray[np.float32],
+) -> Written:
+    """What `write_slide` writes. Raises ModelError."""
+    answer = head.run(values[readable]) if head is not None and readable.any() else None
+    attention = None
+    if head is not None and head.spec.attention:
+        attention = np.full(len(readable), np.nan, np.float32)
+        if answer is not None:
+            attention[readable] = answer.attention
+    files = {
+        "tiles.parquet": tiles_parquet(shard, slide, model, survey, readable, values, attention),
+        "tissue.geojson": survey.geojson,
+        "thumbnail.jpg": survey.thumbnail,
+    }
+    if model.task == "embedding":
+        folder = result_key(shard, slide, "")
+        files["features.h5"] = features_h5(slide.slide_id, model.name, survey, readable, values, folder)
+    if head is None or answer is None:
+        return Written(files)
+    return Written(
+        files, {"task": head.spec.task, "outputs": answer.outputs, "tiles": int(np.count_nonzero(readable))}
+    )
+
+
+def write_marker(
+    store: Store, shard: Shard, slide: ShardSlide, marker: Mapping[str, Any], requests: Requests
 ) -> None:
     """Raises OutputFailed."""
-    for name, data in sorted(files.items()):
-        store.put(shard.output_bucket, result_key(shard, slide, name), data, CONTENT_TYPES[name], requests)
+    body = json.dumps(marker, ensure_ascii=False, indent=2).encode()
+    key = result_key(shard, slide, "complete.json")
+    store.put(shard.output_bucket, key, body, CONTENT_TYPES["complete.json"], requests)

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
 import urllib3
@@ -26,6 +27,8 @@ _STREAMS = 8
 _ATTEMPTS = 5
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _NO_SPACE = 28
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,16 +68,51 @@ class Store:
 
     def get_if_there(self, bucket: str, key: str, requests: Requests) -> bytes | None:
         """The object, or None when there is none. Raises SlideFetchFailed."""
-        requests.count(get=1)
-        try:
-            body: bytes = self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
+
+        def get() -> bytes | None:
+            requests.count(get=1)
+            try:
+                body: bytes = self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            except ClientError as error:
+                if error.response["Error"]["Code"] in _MISSING:
+                    return None
+                raise
             return body
+
+        return _with_retries(get, threading.Event(), "Silver")
+
+    def stream(
+        self, bucket: str, key: str, requests: Requests, stop: threading.Event, take: Callable[[Any], T]
+    ) -> T:
+        """What `take` makes of the object's body (botocore's StreamingBody); called anew where the body breaks off.
+        Raises SlideFetchFailed, Stopped, and what it raises."""
+
+        def get() -> T:
+            requests.count(get=1)
+            return take(self._client.get_object(Bucket=bucket, Key=key)["Body"])
+
+        return _with_retries(get, stop, "Silver")
+
+    def sizes(
+        self, bucket: str, prefix: str, requests: Requests, *, below: bool = True
+    ) -> dict[str, tuple[int, datetime]]:
+        """Keys that begin with `prefix`: bytes, and when they were written. Not `below`: those alone that have no
+        further slash. Raises SlideFetchFailed."""
+        found: dict[str, tuple[int, datetime]] = {}
+        following: dict[str, str] = {} if below else {"Delimiter": "/"}
+        try:
+            while True:
+                requests.count(put=1)  # a list costs what a put does
+                answer = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **following)
+                for entry in answer.get("Contents", ()):
+                    found[entry["Key"]] = (int(entry["Size"]), entry["LastModified"])
+                if not answer.get("IsTruncated"):
+                    return found
+                following["ContinuationToken"] = answer["NextContinuationToken"]
         except ClientError as error:
-            if error.response["Error"]["Code"] in _MISSING:
-                return None
-            raise SlideFetchFailed(f"Asking for its earlier result failed: {_reason(error)}.") from error
+            raise SlideFetchFailed(f"Listing its objects in Silver failed: {_reason(error)}.") from error
         except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
-            raise SlideFetchFailed(f"Asking for its earlier result failed: {type(error).__name__}.") from error
+            raise SlideFetchFailed(f"Listing its objects in Silver failed: {type(error).__name__}.") from error
 
     def put(self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests) -> None:
         """Raises OutputFailed."""
@@ -133,13 +171,13 @@ class Store:
                 raise SlideFetchFailed(f"Bronze holds {whole or len(data)} bytes where {file.size} were ingested.")
             return data
 
-        data = _with_retries(get, stop)
+        data = _with_retries(get, stop, "Bronze")
         with path.open("r+b") as target:
             target.seek(start)
             target.write(data)
 
 
-def _with_retries(get: Callable[[], bytes], stop: threading.Event) -> bytes:
+def _with_retries(get: Callable[[], T], stop: threading.Event, where: str) -> T:
     """boto3 retries requests, not bodies that break off."""
     for attempt in range(1, _ATTEMPTS + 1):
         if stop.is_set():
@@ -147,11 +185,11 @@ def _with_retries(get: Callable[[], bytes], stop: threading.Event) -> bytes:
         try:
             return get()
         except ClientError as error:
-            raise SlideFetchFailed(f"Reading from Bronze failed: {_reason(error)}.") from error
+            raise SlideFetchFailed(f"Reading from {where} failed: {_reason(error)}.") from error
         except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
             if attempt == _ATTEMPTS:
                 raise SlideFetchFailed(
-                    f"Reading from Bronze failed {_ATTEMPTS} times, at last with {type(error).__name__}."
+                    f"Reading from {where} failed {_ATTEMPTS} times, at last with {type(error).__name__}."
                 ) from error
             time.sleep(0.2 * 2**attempt)
     raise AssertionError

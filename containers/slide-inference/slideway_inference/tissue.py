@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ _GLASS = (215.0, 255.0)
 """Bounds of what unstained glass can measure; scanners differ in their white."""
 _SMALLEST_PIECE_MM2 = 0.01
 _SMALLEST_HOLE_MM2 = 0.01
+_BLOCK_PIXELS = 1 << 17
 _INK_STEPS = 30
 _LEAST_INK = 0.1
 _GREEN = (142, 197, 63)
@@ -53,21 +55,22 @@ class Tissue:
         self, xs: npt.NDArray[np.int64], ys: npt.NDArray[np.int64], footprint: tuple[float, float]
     ) -> F32:
         """Share of tissue in each tile of a grid, (len(ys), len(xs)), exactly over the tiles' footprints."""
-        total = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
-        total[1:, 1:] = (self.mask | self.doubtful).cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
+        down = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1]), np.int32)
+        np.cumsum(self.mask | self.doubtful, axis=0, out=down[1:])
 
         def between(
-            table: npt.NDArray[np.float64], starts: npt.NDArray[np.float64], length: float
+            table: npt.NDArray[np.generic], starts: npt.NDArray[np.float64], length: float
         ) -> npt.NDArray[np.float64]:
             return _interpolate(table, starts + length) - _interpolate(table, starts)
 
         height, width = footprint[1] / self.scale_y, footprint[0] / self.scale_x
-        rows = between(total, ys / self.scale_y, height)
-        both = between(rows.T, xs / self.scale_x, width).T
+        rows = between(down, ys / self.scale_y, height)
+        across = np.pad(rows.cumsum(axis=1), ((0, 0), (1, 0)))
+        both = between(across.T, xs / self.scale_x, width).T
         return np.clip(both / (height * width), 0, 1).astype(np.float32)
 
 
-def _interpolate(table: npt.NDArray[np.float64], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _interpolate(table: npt.NDArray[np.generic], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Rows of `table` at fractional positions."""
     at = np.clip(at, 0, table.shape[0] - 1)
     low = np.minimum(at.astype(np.intp), table.shape[0] - 2)
@@ -105,27 +108,47 @@ def _stained(overview: Overview) -> Bool:
     colours = [np.ascontiguousarray(overview.rgb[..., colour]) for colour in range(3)]
     high = np.maximum(np.maximum(colours[0], colours[1]), colours[2])
     low = np.minimum(np.minimum(colours[0], colours[1]), colours[2])
-    saturation: F32 = (high - low).astype(np.float32)
-    saturation /= np.maximum(high, 1)
-    density = np.zeros(scanned.shape, np.float32)
-    for colour in colours:
-        glass = np.float32(np.clip(_percentile(colour[scanned], 98), *_GLASS))
-        light = np.maximum(np.arange(256, dtype=np.float32), 1) / glass
-        density += np.clip(-np.log10(light), 0, None).take(colour)
-    density /= 3
-    ink = _ink(colours, high, low, saturation)
-    counted = scanned & ~ink
-    coloured = saturation > _threshold(saturation[counted], 1.0, _SATURATION)
-    dense = density > _threshold(density[counted], 1.5, _DENSITY)
-    pale = coloured & (density > _DENSITY[0])
-    deep = dense & (saturation > _SATURATION[0])
-    stained: Bool = (pale | deep | (density > _DARK)) & counted
+    tables = [_densities(colour if scanned.all() else colour[scanned]) for colour in colours]
+    stained = np.empty(scanned.shape, np.bool_)
+    saturation = np.empty(scanned.shape, np.float32)
+    density = np.empty(scanned.shape, np.float32)
+    for rows in _blocks(scanned.shape):
+        np.divide(high[rows] - low[rows], np.maximum(high[rows], 1), out=saturation[rows], dtype=np.float32)
+        total = tables[0].take(colours[0][rows])
+        total += tables[1].take(colours[1][rows])
+        total += tables[2].take(colours[2][rows])
+        np.divide(total, 3, out=density[rows])
+    counted = scanned & ~_ink(colours, high, low, saturation)
+    saturated = _threshold(saturation, counted, 1.0, _SATURATION)
+    dense = _threshold(density, counted, 1.5, _DENSITY)
+    for rows in _blocks(scanned.shape):
+        colour, depth = saturation[rows], density[rows]
+        pale = (colour > saturated) & (depth > _DENSITY[0])
+        deep = (depth > dense) & (colour > _SATURATION[0])
+        stained[rows] = (pale | deep | (depth > _DARK)) & counted[rows]
     return stained
 
 
-def _threshold(values: F32, top: float, bounds: tuple[float, float]) -> float:
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows, as many at a time as a processor's cache holds."""
+    step = max(1, _BLOCK_PIXELS // shape[1])
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def _densities(colour: U8) -> F32:
+    """The optical density of each of a colour's 256 values, against the glass of these pixels."""
+    glass = np.float32(np.clip(_percentile(colour, 98), *_GLASS))
+    light = np.maximum(np.arange(256, dtype=np.float32), 1) / glass
+    return np.clip(-np.log10(light), 0, None)
+
+
+def _threshold(values: F32, counted: Bool, top: float, bounds: tuple[float, float]) -> float:
     """Otsu's threshold over 256 bins of 0…top, held within bounds."""
-    counts = np.histogram(values, bins=256, range=(0, top))[0].astype(np.float64)
+    counts = np.zeros(256)
+    for rows in _blocks(values.shape):
+        part = values[rows]
+        bins = np.minimum(part * np.float32(256 / top), 255).astype(np.uint8)
+        counts += np.bincount(bins[counted[rows] & (part <= top)], minlength=256)
     if not counts.sum():
         return bounds[1]
     centres = (np.arange(256) + 0.5) / 256 * top
@@ -138,17 +161,21 @@ def _threshold(values: F32, top: float, bounds: tuple[float, float]) -> float:
 
 def _percentile(values: U8, share: float) -> float:
     """numpy's percentile, from the counts."""
-    counts = np.bincount(values, minlength=256).cumsum()
-    at = share / 100 * (len(values) - 1)
-    below, above = np.searchsorted(counts, [int(at), min(int(at) + 1, len(values) - 1)], side="right")
+    counts = np.bincount(values.ravel(), minlength=256).cumsum()
+    at = share / 100 * (values.size - 1)
+    below, above = np.searchsorted(counts, [int(at), min(int(at) + 1, values.size - 1)], side="right")
     return float(below + (above - below) * (at - int(at)))
 
 
 def _ink(colours: list[U8], high: U8, low: U8, saturation: F32) -> Bool:
     """Pen marks: blue, green, red and black. Hue in degrees; stains keep clear of these hues at these saturations
     (haematoxylin is 230–290°, eosin 310–350°, DAB 15–40°)."""
-    # All rules ask for some saturation; where there is none, hue is not worked out.
-    coloured = np.flatnonzero(saturation > _LEAST_INK)
+    # Hue is worked out only where it can be ink's: in colour, and not with the least of green, as stains have.
+    chroma8 = high - low
+    slack = (chroma8 >> 3) + 1
+    greenish = np.maximum(colours[0], colours[1]) - colours[1] <= slack
+    reddish = (colours[0] == high) & (np.maximum(colours[1], colours[2]) - low <= 3 * slack)
+    coloured = np.flatnonzero((greenish | reddish) & (saturation > _LEAST_INK))
     red, green, blue = (colour.ravel()[coloured].astype(np.float32) for colour in colours)
     top = high.ravel()[coloured]
     strong = saturation.ravel()[coloured]
@@ -178,8 +205,10 @@ def _ink(colours: list[U8], high: U8, low: U8, saturation: F32) -> Bool:
         if core.any():
             rim = (strong > rim_saturation) & _within(hue, rim_hue)
             ink |= _grow(where(core), where(rim))
-    neutral = (high - low) < 30
-    ink |= _grow(neutral & (high < 75), neutral & (high < 190))
+    neutral = chroma8 < 30
+    black = neutral & (high < 75)
+    if black.any():
+        ink |= _grow(black, neutral & (high < 190))
     return ink
 
 
@@ -189,31 +218,29 @@ def _within(hue: F32, bounds: tuple[int, int]) -> Bool:
 
 def _grow(core: Bool, into: Bool) -> Bool:
     """The core and what of `into` is connected with it, up to a limit; alone standing pixels are no pen."""
-    grown = core & (_box_mean(core, 2) > 0.2)
+    grown = core & (_box_sum(core, 2) > 5)
     if not grown.any():
         return grown
     for _ in range(_INK_STEPS):
-        wider = (_box_mean(grown, 1) > 0) & into | grown
+        wider = (_box_sum(grown, 1) > 0) & into | grown
         if np.array_equal(wider, grown):
             break
         grown = wider
-    return _box_mean(grown, 1) > 0
+    return _box_sum(grown, 1) > 0
 
 
 def _majority(mask: Bool) -> Bool:
     """Smooths without moving borders; thin strands stay, scattered pixels go."""
-    share = _box_mean(mask, 2)
-    return (share >= 0.45) | (mask & (share >= 0.3))
+    around = _box_sum(mask, 2)
+    return (around >= 12) | (mask & (around >= 8))
 
 
-def _box_mean(mask: Bool, radius: int) -> F32:
-    """Mean over a square window; beyond the edge the edge repeats."""
-    size = 2 * radius + 1
-    padded = np.pad(mask, radius, mode="edge")
-    table = np.zeros((padded.shape[0] + 1, padded.shape[1] + 1), np.int32)
-    np.cumsum(np.cumsum(padded, axis=0, dtype=np.int32), axis=1, out=table[1:, 1:])
-    total = table[size:, size:] - table[:-size, size:] - table[size:, :-size] + table[:-size, :-size]
-    return (total / np.float32(size * size)).astype(np.float32)
+def _box_sum(mask: Bool, radius: int) -> U8:
+    """How many are set in a square window; beyond the edge the edge repeats."""
+    padded = np.pad(mask.view(np.uint8), radius, mode="edge")
+    height, width = mask.shape
+    down = sum((padded[i : i + height] for i in range(1, 2 * radius + 1)), padded[:height])
+    return sum((down[:, i : i + width] for i in range(1, 2 * radius + 1)), down[:, :width])
 
 
 def tissue_geojson(tissue: Tissue, mpp: tuple[float, float], slide_key: str) -> bytes:

@@ -80,7 +80,13 @@ class Job:
         }
         self.slides.append({"slideId": slide_id, "slide": path.name, "bronze": bronze, **changes})
 
-    def run(self, shards: list[list[dict[str, Any]]] | None = None, wait: bool = True, **changes: Any) -> Any:  # noqa: ANN401
+    def run(
+        self,
+        shards: list[list[dict[str, Any]]] | None = None,
+        wait: bool = True,
+        command: str = "process",
+        **changes: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         """Runs the job to its end; without `wait`, the process."""
         shards = shards or [self.slides]
         folder = self.root / "processing/input/shards"
@@ -106,7 +112,7 @@ class Job:
         (config / "resourceconfig.json").write_text(json.dumps({"current_host": self.host, "hosts": self.hosts}))
         (config / "processingjobconfig.json").write_text(json.dumps({"ProcessingJobName": "job-1"}))
         process = subprocess.Popen(
-            [sys.executable, "-m", "slideway_inference", "process"],
+            [sys.executable, "-m", "slideway_inference", command],
             cwd=CONTAINER,
             env={
                 **os.environ,

@@ -109,3 +109,9 @@ def package(files: dict[str, bytes], link: str | None = None) -> bytes:
 
 def model_package(module: torch.nn.Module, **changes: Any) -> bytes:  # noqa: ANN401
     return package({"model.json": json.dumps(document(**changes)).encode(), "model.pt": script(module)})
+
+
+def code_package(code: str, files: dict[str, bytes] | None = None, **changes: Any) -> bytes:  # noqa: ANN401
+    """A package with its own code, and whatever else the code wants."""
+    text = json.dumps(document(**changes)).encode()
+    return package({"model.json": text, "code/inference.py": code.encode(), **(files or {})})

@@ -1,22 +1,29 @@
-"""An S3 of a few dozen lines, so that boto3 is used as it is: put, get with ranges and versions, head."""
+"""An S3 of a few dozen lines, so that boto3 is used as it is: put, get with ranges and versions, lists."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import time
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class S3:
     """`objects` maps (bucket, key) to bytes, `versions` (bucket, key, version) too. Keys in `failing` answer with
-    the given status; `broken` counts down the GETs whose body breaks off half way."""
+    the given status; `broken` counts down the GETs of ranges and outputs whose body breaks off half way. `written`
+    has the order in which objects were put, which lists give as their times, and a list has `page` keys at most.
+    `slow` names keys whose every GET waits for some seconds."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
         self.versions: dict[tuple[str, str, str], bytes] = {}
         self.failing: dict[str, int] = {}
         self.broken = 0
+        self.page = 1000
+        self.slow: tuple[str, float] | None = None
+        self.written: dict[tuple[str, str], int] = {}
         self.log: list[tuple[str, str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -52,11 +59,17 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             if self._refused(key):
                 return
             s3.objects[bucket, key] = body
+            s3.written[bucket, key] = len(s3.log)
             self._answer(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
 
         def do_GET(self) -> None:
             bucket, key, version = self._address()
+            if not key:
+                self._list(bucket)
+                return
             s3.log.append(("GET", key))
+            if s3.slow and s3.slow[0] in key:
+                time.sleep(s3.slow[1])
             if self._refused(key):
                 return
             body = s3.versions.get((bucket, key, version)) if version else s3.objects.get((bucket, key))
@@ -71,12 +84,36 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
                 status = 206
             data = body[first : last + 1]
-            if asked and s3.broken > 0:
+            if s3.broken > 0 and (asked or key.endswith(".out")):
                 s3.broken -= 1
                 self._answer(status, data, headers, send=data[: len(data) // 2])
                 self.close_connection = True
                 return
             self._answer(status, data, headers)
+
+        def _list(self, bucket: str) -> None:
+            asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+            prefix, after = asked.get("prefix", ""), asked.get("continuation-token", "")
+            s3.log.append(("LIST", prefix))
+            if self._refused(prefix):
+                return
+            keys = sorted(key for found, key in s3.objects if found == bucket and key.startswith(prefix))
+            if "delimiter" in asked:
+                keys = [key for key in keys if asked["delimiter"] not in key[len(prefix) :]]
+            left = [key for key in keys if key > after]
+            entries = [
+                f"<Contents><Key>{key}</Key><Size>{len(s3.objects[bucket, key])}</Size>"
+                f"<LastModified>{self._time(bucket, key)}</LastModified></Contents>"
+                for key in left[: s3.page]
+            ]
+            more = len(left) > s3.page
+            token = f"<NextContinuationToken>{left[s3.page - 1]}</NextContinuationToken>" if more else ""
+            truncated = f"<IsTruncated>{str(more).lower()}</IsTruncated>"
+            body = f"<ListBucketResult>{truncated}{token}{''.join(entries)}</ListBucketResult>"
+            self._answer(200, body.encode(), {"Content-Type": "application/xml"})
+
+        def _time(self, bucket: str, key: str) -> str:
+            return datetime.fromtimestamp(s3.written.get((bucket, key), 0), UTC).isoformat()
 
         def _refused(self, key: str) -> bool:
             status = next((status for part, status in s3.failing.items() if part in key), None)

@@ -20,23 +20,23 @@ from slideway_inference.contracts import ModelRef
 from slideway_inference.errors import (
     ModelDigestMismatch,
     ModelError,
-    ModelFormatNotSupported,
     ModelPackageInvalid,
 )
-from slideway_inference.model import ModelSpec, Predictor, open_package, parse_model
+from slideway_inference.model import Package, Predictor, open_package, parse_model
+from slideway_inference.model.predictors import load_predictor
 from slideway_inference.reader import open_slide
 from slideway_inference.reference_model import THRESHOLD, package_bytes
 
 
-def opened(package: bytes, folder: Path, **changes: str) -> tuple[ModelSpec, Path]:
+def opened(package: bytes, folder: Path, **changes: str) -> Package:
     (folder / "model.tar.gz").write_bytes(package)
     digest = f"sha256:{hashlib.sha256(package).hexdigest()}"
     ref = {"name": "tried", "version": "1", "digest": digest, **changes}
-    return open_package(folder / "model.tar.gz", ModelRef(**ref), folder)
+    return open_package(folder / "model.tar.gz", ModelRef(**ref), folder / digest[-8:])
 
 
 def predictor(package: bytes, folder: Path, **changes: str) -> Predictor:
-    return Predictor(*opened(package, folder, **changes), torch.device("cpu"))
+    return load_predictor(opened(package, folder, **changes), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def predictor(package: bytes, folder: Path, **changes: str) -> Predictor:
         ({"tile": {"px": 64.5, "mpp": 0.5}}, "tile.px must be an integer"),
         ({"tile": {"px": 64}}, "tile.mpp must be given"),
         ({"tile": {"px": 64, "mpp": 0}}, "tile.mpp must be a number above 0"),
-        ({"tile": {"px": 64, "mpp": 0.5, "overlap": 64}}, "tile.overlap must be less"),
+        ({"tile": {"px": 64, "mpp": 0.5, "overlap": 64}}, "tile.overlap must be below"),
         ({"input": {"mean": [0, 0], "std": [1, 1, 1]}}, "input.mean must be a list of 3"),
         ({"input": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "input.std must be positive"),
         ({"mode": "batch"}, "mode must be one of"),
-        ({"aggregate": ["average"]}, "aggregate must be of"),
-        ({"heatmap": {"output": "other"}}, "heatmap.output must be one of outputs"),
+        ({"aggregate": ["average"]}, "aggregate must be a list of strings like mean"),
+        ({"heatmap": {"output": "other"}}, "heatmap.output other is not among the outputs"),
     ],
 )
 def test_a_model_json_that_breaks_the_contract_is_refused_with_the_field(
@@ -93,19 +93,10 @@ def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelPackageInvalid, match=r"no model\.json"):
         opened(packages.package({"model.pt": b"x"}), tmp_path)
     text = json.dumps(packages.document()).encode()
-    with pytest.raises(ModelPackageInvalid, match=r"no model\.pt"):
+    with pytest.raises(ModelPackageInvalid, match=r"none of code/inference\.py, model\.pt, model\.onnx"):
         opened(packages.package({"model.json": text}), tmp_path)
     with pytest.raises(ModelPackageInvalid, match="TorchScript"):
         predictor(packages.package({"model.json": text, "model.pt": b"weights"}), tmp_path)
-
-
-def test_other_formats_and_modes_are_refused_by_name(tmp_path: Path) -> None:
-    text = json.dumps(packages.document()).encode()
-    for name in ("model.onnx", "code/inference.py"):
-        with pytest.raises(ModelFormatNotSupported, match=name):
-            opened(packages.package({"model.json": text, name: b"x"}), tmp_path)
-    with pytest.raises(ModelFormatNotSupported, match="transform"):
-        opened(packages.model_package(packages.ChannelMeans(), mode="transform"), tmp_path)
 
 
 def test_layout_range_mean_and_std_are_the_models(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from slideway_inference.parquet import Column, write_parquet, write_plain
+from slideway_inference.parquet import Column, read_plain, write_parquet, write_plain
 
 
 def table(rows: int) -> dict[str, Column]:
     return {
         "minx": np.arange(rows, dtype=np.int32) - 5,
+        "offset": np.arange(rows, dtype=np.int64) * 10_000_000_000,
         "value_a": np.where(np.arange(rows) % 7 == 3, np.nan, np.arange(rows) / 3).astype(np.float32),
         "status": ["ok" if row % 3 else "unreadable" for row in range(rows)],
     }
@@ -29,6 +30,24 @@ def test_the_plain_writer_is_read_like_pyarrows(rows: int) -> None:
         np.testing.assert_array_equal(plain[name].to_numpy(), compressed[name].to_numpy())
     for table_read in (plain, compressed):
         assert {key.decode(): value.decode() for key, value in table_read.schema.metadata.items()} == metadata
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17, (1 << 20) + 5])
+def test_what_the_plain_writer_made_is_read_back(rows: int) -> None:
+    wanted = table(rows)
+    found = read_plain(write_plain(wanted, {"slideId": "ä"}))
+    assert list(found) == list(wanted)
+    for name, column in wanted.items():
+        np.testing.assert_array_equal(found[name], column)
+        if isinstance(column, np.ndarray):
+            assert np.asarray(found[name]).dtype == column.dtype
+
+
+def test_other_parquet_is_refused_by_the_plain_reader() -> None:
+    plain = write_plain(table(9), {})
+    for data in (b"", b"{}", plain[:50], plain[:-8] + b"\xff\xff\xff\xffPAR1", write_parquet(table(9), {})):
+        with pytest.raises(ValueError, match=r"."):
+            read_plain(data)
 
 
 def test_equal_tables_give_equal_bytes() -> None:

@@ -4,6 +4,7 @@ lock while it decodes."""
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from slideway_inference.fast.source import Data
 
 try:
     imagecodecs: Any = import_module("imagecodecs")
@@ -22,6 +25,8 @@ U8 = npt.NDArray[np.uint8]
 Colour = Literal["rgb", "ycbcr", "stream"]
 """What a JPEG's components are: as the file says, or as the stream itself does."""
 
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+"""What ends a scan: a marker that is neither a stuffed byte nor a restart."""
 _SCANS = 64
 """Most scans of a progressive JPEG; a bomb has thousands of empty ones."""
 
@@ -41,9 +46,14 @@ class Codec(Protocol):
     name: str
     reductions: tuple[int, ...]
 
-    def decode(self, data: bytes, width: int, height: int, reduction: int, out: U8) -> None:
+    def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
         """Decodes a tile that must be width × height into `out` (height / reduction, width / reduction, 3), which
         is contiguous. Raises TileError."""
+        ...
+
+    def stored(self, data: Data, width: int, height: int) -> bytes | None:
+        """The tile as a JPEG that stands by itself and decodes to the same pixels, without decoding it; None where
+        it must be decoded."""
         ...
 
 
@@ -61,12 +71,8 @@ class Jpeg:
         self._tables = kept[2:-2] if kept.endswith(b"\xff\xd9") else kept[2:]
         self._known: tuple[bytes, int, int, bytes] = (b"\0", 0, 0, b"")
 
-    def decode(self, data: bytes, width: int, height: int, reduction: int, out: U8) -> None:
-        start, known_width, known_height, head = self._known
-        if not data.startswith(start) or (known_width, known_height) != (width, height):
-            start, head = self._head(data, width, height)
-            self._known = (start, width, height, head)
-        stream = b"".join((head, memoryview(data)[len(start) :]))
+    def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
+        stream = self._stream(data, width, height)[0]
         try:
             made = simplejpeg.decode_jpeg(
                 stream, "RGB", min_width=out.shape[1], min_height=out.shape[0], buffer=out, strict=True
@@ -75,6 +81,27 @@ class Jpeg:
             raise TileError(str(error) or "the JPEG decoder failed", retry=False) from error
         if made.shape != out.shape:
             raise TileError("the JPEG decoded to another size than its tile", retry=True)
+
+    def stored(self, data: Data, width: int, height: int) -> bytes | None:
+        """The header is checked as for decoding, and that one scan follows which ends where the bytes do. Anything
+        else, and streams that only a decoder can judge, are left to it; what is damaged within the scan shows
+        when the tile is used."""
+        try:
+            stream, scan = self._stream(data, width, height)
+        except TileError:
+            return None
+        end = _MARKER.search(stream, scan + 2 + int.from_bytes(stream[scan + 2 : scan + 4], "big"))
+        if end is None or end.group()[-1] != 0xD9 or stream[end.end() :].strip(b"\0\xff"):
+            return None
+        return stream[: end.end()]
+
+    def _stream(self, data: Data, width: int, height: int) -> tuple[bytes, int]:
+        """The tile as a stream that stands by itself, and where its first scan's header begins."""
+        start, known_width, known_height, head = self._known
+        if bytes(data[: len(start)]) != start or (known_width, known_height) != (width, height):
+            start, head = self._head(bytes(data), width, height)
+            self._known = (start, width, height, head)
+        return b"".join((head, memoryview(data)[len(start) :])), len(head)
 
     def _head(self, data: bytes, width: int, height: int) -> tuple[bytes, bytes]:
         """What stands before the first scan, and what is to stand there instead: tables spliced in, and an Adobe
@@ -123,7 +150,14 @@ class Jpeg:
         return start, b"".join(kept) + (b"" if frame[1] != 0xC2 else data[at:])
 
 
-class Jpeg2000:
+class _NeverStored:
+    """A codec whose tiles are no JPEG."""
+
+    def stored(self, data: Data, width: int, height: int) -> None:
+        return None
+
+
+class Jpeg2000(_NeverStored):
     """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, and the stream does not turn them."""
 
     name = "jpeg2000"
@@ -132,7 +166,7 @@ class Jpeg2000:
     def __init__(self, *, ycbcr: bool) -> None:
         self._ycbcr = ycbcr
 
-    def decode(self, data: bytes, width: int, height: int, reduction: int, out: U8) -> None:
+    def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
         self._check(data, width, height)
         try:
             decoded = imagecodecs.jpeg2k_decode(data, numthreads=1)
@@ -145,7 +179,7 @@ class Jpeg2000:
         else:
             out[:] = decoded
 
-    def _check(self, data: bytes, width: int, height: int) -> None:
+    def _check(self, data: Data, width: int, height: int) -> None:
         if data[:4] != b"\xff\x4f\xff\x51" or len(data) < 51:
             raise TileError("it is no JPEG 2000 codestream", retry=data[4:8] == b"jP  ")
         right, bottom, left, top, wide, high = struct.unpack(">IIIIII", data[8:32])
@@ -158,7 +192,7 @@ class Jpeg2000:
             raise TileError("its JPEG 2000 is cut into absurdly many tiles", retry=False)
 
 
-class Raw:
+class Raw(_NeverStored):
     """Pixels, plain or packed by a general compressor, with or without TIFF's horizontal predictor."""
 
     reductions: tuple[int, ...] = (1,)
@@ -168,7 +202,7 @@ class Raw:
         self._packing = packing
         self._predictor = predictor
 
-    def decode(self, data: bytes, width: int, height: int, reduction: int, out: U8) -> None:
+    def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
         size = width * height * 3
         try:
             pixels = self._unpack(data, size)
@@ -182,7 +216,7 @@ class Raw:
         else:
             out[:] = tile
 
-    def _unpack(self, data: bytes, size: int) -> bytes | bytearray:
+    def _unpack(self, data: Data, size: int) -> Data | bytearray:
         if self._packing == "none":
             return data
         if self._packing == "deflate":

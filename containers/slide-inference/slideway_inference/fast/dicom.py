@@ -16,7 +16,7 @@ import numpy.typing as npt
 from slideway_inference.errors import SlideUnopenable
 from slideway_inference.fast.codecs import Codec, Jpeg, Jpeg2000, Raw, TileError
 from slideway_inference.fast.pyramid import NativeLevel, NotFast, PlanesNotSupported, Pyramid
-from slideway_inference.fast.source import Blocks, ByteSource
+from slideway_inference.fast.source import Blocks, ByteSource, Data
 from slideway_inference.jpeg import subsampled
 
 U8 = npt.NDArray[np.uint8]
@@ -234,7 +234,7 @@ def _codec(
             if start < 0 or size < 8:
                 raise DicomDamaged("The first frame lies outside the file.")
             (head,) = instance.source.read([(start, size)])
-            ycbcr = subsampled(head[8:])
+            ycbcr = subsampled(bytes(head[8:]))
             notes |= {"YCbCr"} if ycbcr else set()
         return _Frame(Jpeg("ycbcr" if ycbcr else "rgb"), f"jpeg {ycbcr}", packed=True)
     if syntax in (_JPEG2000 + "0", _JPEG2000 + "1") and colours == "RGB":
@@ -252,7 +252,16 @@ class _Frame:
         self._codec = codec
         self._packed = packed
 
-    def decode(self, data: bytes, width: int, height: int, reduction: int, out: U8) -> None:
+    def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
+        self._codec.decode(self._whole(data), width, height, reduction, out)
+
+    def stored(self, data: Data, width: int, height: int) -> bytes | None:
+        try:
+            return self._codec.stored(self._whole(data), width, height)
+        except TileError:
+            return None
+
+    def _whole(self, data: Data) -> Data:
         if self._packed:
             parts, at = [], 0
             while at + 8 <= len(data):
@@ -262,7 +271,7 @@ class _Frame:
                 parts.append(data[at + 8 : at + 8 + size])
                 at += 8 + size
             data = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._codec.decode(data, width, height, reduction, out)
+        return data
 
 
 # --- frames ------------------------------------------------------------------------------------------------------
@@ -333,7 +342,7 @@ def _walk(instance: _Instance, at: int, count: int) -> tuple[npt.NDArray[np.int6
 # --- the header --------------------------------------------------------------------------------------------------
 
 
-def _tag(data: bytes, at: int) -> int:
+def _tag(data: Data, at: int) -> int:
     group, element = struct.unpack_from("<HH", data, at)
     return int(group << 16 | element)
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from slideway_inference.fast.codecs import TileError
 from slideway_inference.fast.pyramid import NativeLevel, Pyramid
 from slideway_inference.fast.resample import AreaResampler
+from slideway_inference.fast.source import Data
 from slideway_inference.grid import Level, TileGeometry
 from slideway_inference.reader import Bool, Overview, Region, RegionUnreadable, SlideReader, levels_of
 from slideway_inference.resolution import mpp_of_file
@@ -53,11 +54,13 @@ class Unread:
 class Batch:
     """Tiles that are ready: `tiles` (n, px, px, 3), a view of `buffer`, are those at `indices` (n,) of the
     positions asked for. `unread` maps those that could not be read, by their place in the batch, to the reason;
-    what `tiles` holds for them means nothing."""
+    what `tiles` holds for them means nothing. Where `stored` (n,) is not 0 a tile begins with so many bytes of a
+    JPEG stream instead of pixels."""
 
     indices: npt.NDArray[np.int64]
     tiles: U8
     buffer: U8
+    stored: npt.NDArray[np.int32]
     unread: dict[int, Unread] = field(default_factory=dict)
 
 
@@ -87,18 +90,19 @@ class FastReader(SlideReader):
         batch: int,
         buffers: queue.Queue[U8],
         first: int | None = None,
+        stored: bool = False,
     ) -> Iterator[Batch]:
         """Reads the tiles at `positions` (n, 2; level-0 x, y, row by row), `batch` at a time, into arrays taken
         from `buffers`, each at least (batch, px, px, 3); put them back there when a batch is done with. Batches
         come in the order of the positions, unless the slide is so wide that it is worked in strips. Work goes on
         ahead while there are buffers. With `first`, the first batch has so many; each strip begins by filling up
-        the batch that the one before left. Closing the iterator ends it. Raises SlideFetchFailed, SlideChanged,
-        Stopped."""
+        the batch that the one before left. With `stored`, tiles that are exactly a native JPEG tile come as that,
+        not decoded. Closing the iterator ends it. Raises SlideFetchFailed, SlideChanged, Stopped."""
         plan = _Plan(self.native[geometry.level], self.levels[geometry.level], geometry, positions)
         retry = self._like_openslide or geometry.level == 0
         room = first or batch
         for strip in plan.strips(_HELD_BYTES):
-            yield from _Run(plan, strip, batch, buffers, self.threads, retry, room).batches()
+            yield from _Run(plan, strip, batch, buffers, self.threads, retry, room, stored).batches()
             room = (room - len(strip)) % batch or batch
 
     def strips(self, geometry: TileGeometry, positions: npt.NDArray[np.int32]) -> list[int]:
@@ -261,7 +265,7 @@ class _Native:
         self.place: int | None = None  # in its batch, where it is decoded straight into
         self.uses = 0
         self.chunk: _Chunk | None = None
-        self.data: bytes | None = None
+        self.data: Data | None = None
         self.pixels: U8 | None = None
         self.error: Unread | None = None
 
@@ -302,6 +306,16 @@ def _decode(native: NativeLevel, tile: _Native, reduction: int, out: U8 | None =
         tile.error = Unread(str(error), error.retry)
         return None
     return out
+
+
+def _keep(native: NativeLevel, tile: _Native, out: U8) -> int:
+    """Puts a fetched tile into `out` as it is stored, and tells its bytes; 0 where it must be decoded."""
+    assert tile.data is not None
+    stream = native.codec.stored(tile.data, *native.tile_size(tile.index))
+    if stream is None or len(stream) > out.size:
+        return 0
+    out.reshape(-1)[: len(stream)] = np.frombuffer(stream, np.uint8)
+    return len(stream)
 
 
 # --- a run through a grid ----------------------------------------------------------------------------------------
@@ -352,7 +366,9 @@ class _Run:
         threads: int,
         retry: bool,
         first: int | None = None,
+        stored: bool = False,
     ) -> None:
+        self._stored = stored
         self._plan = plan
         self._order = order
         self._batch = batch
@@ -464,7 +480,7 @@ class _Run:
                 held += sum(max(0, int(sizes[tile.index])) for tile in chunk.own)
                 if held >= limit:
                     yield window
-                    window, held, limit = [], 0, min(2 * limit, _WINDOW)
+                    window, held, limit = [], 0, min(4 * limit, _WINDOW)
         if window:
             yield window
 
@@ -504,7 +520,7 @@ class _Run:
             batch = chunk.group.batch
             assert batch is not None
             for tile in chunk.own:
-                self._make(tile, batch.tiles)
+                self._make(tile, batch)
             chunk.decoded.set()
             for place, (index, needed) in enumerate(zip(chunk.indices, chunk.needed, strict=True), chunk.start):
                 for tile in needed:
@@ -525,15 +541,20 @@ class _Run:
             group = chunk.group
             if group.batch is None:
                 buffer = self._get(self._buffers)
-                group.batch = Batch(group.indices, buffer[: len(group.indices)], buffer)
+                count = len(group.indices)
+                group.batch = Batch(group.indices, buffer[:count], buffer, np.zeros(count, np.int32))
             return chunk
 
-    def _make(self, tile: _Native, tiles: U8) -> None:
+    def _make(self, tile: _Native, batch: Batch) -> None:
         if tile.data is None:
             return
         out: U8 | None = None
         if tile.place is not None:
-            out = tiles[tile.place]
+            out = batch.tiles[tile.place]
+            if self._stored and tile.reduction == 1 and (size := _keep(self._plan.native, tile, out)):
+                batch.stored[tile.place] = size
+                tile.pixels, tile.data = out, None
+                return
         elif tile.reduction == self._plan.reduction and self._spare:
             with suppress(IndexError):
                 out = self._spare.pop()

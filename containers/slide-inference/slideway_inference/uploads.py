@@ -1,0 +1,87 @@
+"""Uploads beside the work that makes what is uploaded, with bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from slideway_inference.errors import Stopped
+from slideway_inference.remote import Watch
+from slideway_inference.store import Requests, Store
+
+_STREAMS = 8
+_ROOM_BYTES = 192 << 20
+_POLL = 0.2
+
+
+class Uploads:
+    """Threads that all slides share. `put` waits while too many bytes are on their way."""
+
+    def __init__(self, store: Store, stop: threading.Event) -> None:
+        self.store = store
+        self._stop = stop
+        self._pool = ThreadPoolExecutor(_STREAMS, "upload")
+        self._room = _ROOM_BYTES
+        self._freed = threading.Condition()
+
+    def put(self, own: SlideUploads, key: str, body: bytes, content_type: str) -> Future[None]:
+        size = min(len(body), _ROOM_BYTES)
+        with self._freed:
+            while self._room < size:
+                self._freed.wait(_POLL)
+                self.check_stop()
+            self._room -= size
+
+        def upload() -> None:
+            try:
+                if own.failed is None:  # of a slide that has failed nothing more is needed
+                    with own.watch:
+                        self.store.put(own.bucket, key, body, content_type, own.requests)
+            except Exception as error:
+                own.failed = error
+            finally:
+                with self._freed:
+                    self._room += size
+                    self._freed.notify_all()
+
+        return self._pool.submit(upload)
+
+    def check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped("The job was told to stop.")
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class SlideUploads:
+    """One slide's objects in one bucket. The first that fails is told by the next call."""
+
+    def __init__(self, uploads: Uploads, bucket: str, requests: Requests) -> None:
+        self.bucket = bucket
+        self.requests = requests
+        self.watch = Watch()
+        self.failed: Exception | None = None
+        self._uploads = uploads
+        self._running: list[Future[None]] = []
+
+    def put(self, key: str, body: bytes, content_type: str) -> None:
+        """Raises OutputFailed of this or an earlier object, Stopped."""
+        self._check()
+        self._running = [future for future in self._running if not future.done()]
+        self._running.append(self._uploads.put(self, key, body, content_type))
+
+    def wait(self) -> None:
+        """Until all are there. Raises as `put`."""
+        for future in self._running:
+            while not future.done():
+                self._uploads.check_stop()
+                try:
+                    future.result(_POLL)
+                except TimeoutError:
+                    continue
+        self._check()
+
+    def _check(self) -> None:
+        if self.failed is not None:
+            raise self.failed
