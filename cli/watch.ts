@@ -76,20 +76,26 @@ const progressSchema = z.object({
 });
 type ProgressEvent = z.infer<typeof progressSchema>;
 
+const DONE: ReadonlySet<string> = new Set(['slide-complete', 'slide-skipped']);
+const ENDS: ReadonlySet<string> = new Set(['slide-quarantined', 'slide-failed']);
+
 /** Progress of the slides, kept up to date from log lines. */
 export class TileProgress {
   /** By slide, then by model. */
   readonly #slides = new Map<string, Map<string, { tiles: Tiles; ended: boolean }>>();
 
-  /** Takes a log line; lines that are no progress are passed over. */
-  add(line: string): void {
+  /**
+   * Takes a log line; lines that are no progress are passed over. `tiling`: of a job that only cuts the tiles, so that
+   * a slide which it has done well is not done.
+   */
+  add(line: string, tiling = false): void {
     const event = parseEvent(line);
     if (!event) return;
     const { slideId, model, tilesDone, tilesTotal, tilesPerSecond } = event;
     const models = this.#slides.get(slideId) ?? new Map<string, { tiles: Tiles; ended: boolean }>();
     this.#slides.set(slideId, models);
     const before = models.get(model)?.tiles ?? { done: 0, total: 0, perSecond: 0 };
-    const ended = event.event !== 'slide-started' && event.event !== 'slide-progress';
+    const ended = ENDS.has(event.event) || (!tiling && DONE.has(event.event));
     models.set(model, {
       tiles: {
         done: tilesDone ?? before.done,
@@ -215,7 +221,8 @@ export class RunWatch {
               ...(token !== undefined && { nextToken: token }),
             }),
           );
-          for (const { message = '' } of events) this.#progress.add(message);
+          const tiling = name.startsWith(`${job}-tile-`);
+          for (const { message = '' } of events) this.#progress.add(message, tiling);
           this.#positions.set(name, nextForwardToken);
           if (events.length === 0 || nextForwardToken === token) break;
         }

@@ -53,6 +53,19 @@ describe('Tiles', () => {
     expect(progress.analysed('s', 2)).toBe(true);
   });
 
+  it('of a slide that is only cut are counted, and the slide is analysed when its predictions are joined', () => {
+    const progress = new TileProgress();
+    const done = { model: 'a', tilesDone: 100, tilesTotal: 100 };
+    progress.add(line('slide-complete', done), true);
+    expect(progress.tiles('s')).toEqual({ done: 100, total: 100, perSecond: 0 });
+    expect(progress.analysed('s', 1)).toBe(false);
+    progress.add(line('slide-started', { model: 'a' }));
+    progress.add(line('slide-complete', done));
+    expect(progress.analysed('s', 1)).toBe(true);
+    progress.add(line('slide-quarantined', { model: 'b', error: 'X', message: 'y' }), true);
+    expect(progress.analysed('s', 2)).toBe(true);
+  });
+
   it.each(['', 'not JSON', '{"event":"job-started"}', '{broken', '[1]', '{"event":"slide-progress"}'])(
     'are not disturbed by the line %j',
     (text) => {
