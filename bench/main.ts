@@ -9,9 +9,11 @@ import { ingestion } from './ingestion.ts';
 import { localS3 } from './local-s3.ts';
 import { reading } from './reading.ts';
 import { run } from './run.ts';
+import { serving } from './serving.ts';
 import { tiling } from './tiling.ts';
+import { transform } from './transform.ts';
 
-const BENCHES: Bench[] = [run, reading, tiling, ingestion, localS3];
+const BENCHES: Bench[] = [run, reading, tiling, serving, transform, ingestion, localS3];
 
 const HELP = `Measures Slideway on this machine.
 

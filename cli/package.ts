@@ -9,7 +9,10 @@ const FORMATS = ['torchscript', 'onnx', 'code'] as const;
 const MODES = ['processing', 'transform'] as const;
 
 const failureSchema = z.object({ ok: z.literal(false), error: z.string(), message: z.string() });
-export type Failure = z.infer<typeof failureSchema>;
+export interface Failure extends z.infer<typeof failureSchema> {
+  /** The last lines of the tool's log. */
+  log: string[];
+}
 
 const builtSchema = z.object({
   file: z.string(),
@@ -105,7 +108,7 @@ async function ask<T>(
   const good = schema.safeParse(document);
   if (good.success) return good.data;
   const failure = failureSchema.safeParse(document);
-  if (failure.success) return failure.data;
+  if (failure.success) return { ...failure.data, log: tail };
   const said = tail.at(-1) ?? z.prettifyError(good.error);
   throw new UserError(`The package could not be worked on: Python ended with code ${code}: ${said}`);
 }

@@ -9,6 +9,8 @@ import { COLORMAPS, toHex } from './colormaps.ts';
 import {
   type Aggregate,
   type HeatmapGeometry,
+  type JobItem,
+  type JobKind,
   type ResultSummary,
   type RunState,
   SLIDE_STATES,
@@ -124,6 +126,13 @@ ${run.models
 </tbody></table>`
     : ''
 }
+${
+  run.jobs.length > 0
+    ? `<table><thead><tr><th>Job</th><th>What it did</th><th>Ended</th><th>Machines</th><th>Instance time</th></tr></thead><tbody>
+${run.jobs.map(jobRow).join('\n')}
+</tbody></table>`
+    : ''
+}
 </div>
 <dl class="facts">
 ${fact('Manifest', `<code>s3://${text(run.manifest.bucket)}/${text(run.manifest.key)}</code>`)}
@@ -139,6 +148,19 @@ ${fact('Estimated cost', `${run.cost.estimatedUsd.toFixed(2)} USD (prices of ${t
 </dl>
 </details>
 </header>`;
+}
+
+const KIND_IN_WORDS: Record<JobKind, string> = {
+  process: 'slides to predictions',
+  tile: 'slides to tiles',
+  transform: 'tiles to predictions',
+  join: 'predictions to slides',
+};
+
+function jobRow(job: JobItem): string {
+  const { jobName, kind = 'process', state, reason, instanceCount, instanceType, instanceSeconds } = job;
+  const ended = reason ? `${state}: ${reason.error}` : state;
+  return `<tr><td><code>${text(jobName)}</code></td><td>${KIND_IN_WORDS[kind]}</td><td>${text(ended)}</td><td>${instanceCount} × ${text(instanceType)}</td><td>${seconds(instanceSeconds)}</td></tr>`;
 }
 
 const fact = (name: string, html: string) => `<div><dt>${name}</dt><dd>${html}</dd></div>`;

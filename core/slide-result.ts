@@ -223,7 +223,9 @@ async function whyNothing(runId: string, model: string, { state }: AggregateDepe
   for await (const job of state.jobs(runId)) if (job.model === model) all.push(job);
   const last = JOB_KINDS.findLast((kind) => all.some((job) => kindOf(job) === kind));
   const jobs = all.filter((job) => kindOf(job) === last);
-  const job = jobs.find(({ state }) => state === 'SUCCEEDED') ?? jobs.at(-1);
+  // Transform jobs are followed by joining, unless what came after them failed and is on record as one of them.
+  const telling = last === 'transform' ? 'FAILED' : 'SUCCEEDED';
+  const job = jobs.findLast(({ state }) => state === telling) ?? jobs.at(-1);
   if (job?.state === 'FAILED') return new JobFailed(job);
   return new ResultMissing(
     `the job ${job?.jobName ?? `of ${model}`} left nothing for this slide; drop the manifest again to have it done`,
@@ -306,6 +308,9 @@ async function recordInference(
         modelVersion: planned.version,
         modelDigest: planned.digest,
         jobName: marker.jobName,
+        mode: marker.mode,
+        // Which tiles were scored, and how they were encoded: lossy ones change the numbers a little.
+        ...(marker.tileset && { tileset: marker.tileset }),
         device: marker.device,
         inferenceCodeVersion: marker.codeVersion,
         completedAt: marker.completedAt,

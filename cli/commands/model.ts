@@ -242,10 +242,14 @@ const shellWord = (word: string) => (/^[\w./-]+$/.test(word) ? word : `'${word.r
 // --- check --------------------------------------------------------------------------------------------------------
 
 /** What an author can do about an error whose message does not say it. */
-const ADVICE: Record<string, string> = {
-  ModelPackageInvalid: 'Correct what is named, and build the package again.',
-  ModelError: 'Try it in PyTorch with the same input: docs/models.md says what a model gets and gives.',
-};
+function adviceOn({ error, message }: Failure): string | undefined {
+  if (message.includes('not TorchScript')) {
+    return 'A checkpoint holds weights only. Load it into its network and save that: torch.jit.script(network.eval()).save("model.pt"); see docs/models.md.';
+  }
+  if (error === 'ModelPackageInvalid') return 'Correct what is named, and build the package again.';
+  if (error === 'ModelError') return 'docs/models.md says what a model gets, and what it must give.';
+  return undefined;
+}
 
 export async function check(
   path: string,
@@ -271,7 +275,9 @@ function failed(failure: Failure, { json }: Answering, answer: Screen): number {
   if (json) answer.print(JSON.stringify(failure, null, 2));
   else {
     answer.print(`${answer.paint('red', failure.error)}: ${failure.message}`);
-    const advice = ADVICE[failure.error];
+    if (failure.error === 'ServeFailed')
+      for (const line of failure.log) answer.print(answer.paint('dim', line));
+    const advice = adviceOn(failure);
     if (advice) answer.print(advice);
   }
   return EXIT.failed;

@@ -3,6 +3,7 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type {
   BronzeSlide,
   InferenceSlide,
+  Model,
   Plan,
   PlannedSlide,
   Shard,
@@ -133,6 +134,62 @@ describe('the inference of a run', () => {
     ]);
     expect((await state.slide(RUN.runId, 's2'))?.state).toBe('INFERRING');
     expect((await planInference(RUN, dependencies)).jobs).toEqual(first.jobs);
+  });
+});
+
+describe('a model in transform mode', () => {
+  const ref = { bucket: 'models', key: 'k', name: 'm', version: '1', digest: 'sha256:0', versionId: 'v7' };
+
+  async function planOf(runId: string, change: Partial<Model>) {
+    const { s3, state } = services;
+    const run = { ...RUN, runId };
+    const model: Model = { ...MODEL, mode: 'transform', ...change };
+    const plan: Plan = { run, codeVersion: '1', models: [{ ...ref, model }], counts: {} };
+    await writeJson(s3, { bucket: 'silver', key: planKey(runId) }, plan);
+    const lines = ['a', 'b', 'c'].map(
+      (slideId, n): PlannedSlide => ({
+        ...{ line: n + 2, slideId, slide: slideId, state: 'EXPECTED', models: ['m'], metadata: {} },
+      }),
+    );
+    await writeLines(s3, { bucket: 'silver', key: slidesKey(runId) }, lines);
+    for (const { slideId } of lines)
+      await state.transition(runId, slideId, 'INGESTED', { slide: 'x', bronze: bronze(5) });
+    const { jobs } = await planInference(run, { ...services, silverBucket: 'silver', config });
+    const shard = (await readJson(s3, { bucket: 'silver', key: shardKey(runId, 'm', 0) })) as Shard;
+    return { job: jobs[0], shard };
+  }
+
+  it('is tiled first, one shard an instance, and joined by as many instances as there are shards at most', async () => {
+    const { job, shard } = await planOf('tiled', {});
+    expect(job).toMatchObject({
+      ...{ mode: 'transform', begin: 'tile', instanceCount: 3, instanceType: 'ml.c5.4xlarge' },
+      modelVersionId: 'v7',
+      join: { instanceCount: 2, instanceType: 'ml.c5.xlarge', volumeSizeInGB: 50 },
+      transform: config.transform,
+    });
+    const { px, mpp, overlap } = MODEL.tile;
+    expect(shard).toMatchObject({
+      shards: 3,
+      tile: { px, mpp, overlap },
+      tiling: {
+        ...{ bucket: 'silver', prefix: 'tiles/', format: 'jpeg', quality: 90 },
+        ...{ packBytes: 12_000_000, objects: false, keepDays: 7 },
+      },
+      tiled: { bucket: 'silver', prefix: 'transform/tiled/m/tiled/' },
+      transformed: { bucket: 'silver', prefix: 'transform/tiled/m/out/' },
+    });
+  });
+
+  it('has its own encoding and machines where its package asks for them', async () => {
+    const { job, shard } = await planOf('own', {
+      tile: { ...MODEL.tile, encoding: { format: 'png' } },
+      transform: { instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, maxInstances: undefined },
+    });
+    expect(shard.tiling).toMatchObject({ format: 'png', quality: 90 });
+    expect(job?.transform).toEqual({
+      ...config.transform,
+      ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2 },
+    });
   });
 });
 

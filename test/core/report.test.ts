@@ -90,6 +90,21 @@ describe('the report', () => {
     expect(html).toContain('<option value="output:head_malignant">');
   });
 
+  it('names the SageMaker jobs, what each did and on which machines', async () => {
+    const job = { model: 'm', version: '1', state: 'SUCCEEDED', instanceType: 'ml.c5.4xlarge' } as const;
+    const html = await first([done('s1')], {
+      jobs: [
+        { ...job, jobName: 'm-tile-1', kind: 'tile', instanceCount: 2, instanceSeconds: 90 },
+        {
+          ...{ ...job, jobName: 'm-transform-1', kind: 'transform', state: 'FAILED' },
+          ...{ reason: { error: 'TransformFailed', message: '' }, instanceCount: 1, instanceSeconds: 30 },
+        },
+      ],
+    });
+    expect(html).toContain('<td>slides to tiles</td><td>SUCCEEDED</td><td>2 × ml.c5.4xlarge</td>');
+    expect(html).toContain('<td>tiles to predictions</td><td>FAILED: TransformFailed</td>');
+  });
+
   it('puts what needs attention first, with its reason and what to do', async () => {
     const html = await first([done('good'), failed('bad')]);
     expect(html.indexOf('>bad<')).toBeLessThan(html.indexOf('>good<'));

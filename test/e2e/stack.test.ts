@@ -70,6 +70,10 @@ describe('with --aws', () => {
 
     const runs = await work.slideway('runs', '--aws', '--json');
     expect(JSON.parse(runs.stdout)).toMatchObject([{ runId: first.runId, state: 'PARTIAL' }]);
+    const added = await work.slideway('model', 'add', await ensureModel(screen, python), '--aws', '--json');
+    expect(JSON.parse(added.stdout)).toMatchObject([{ name: 'haematoxylin-area', added: false }]);
+    const model = await work.slideway('model', 'show', 'haematoxylin-area', '--aws', '--json');
+    expect(JSON.parse(model.stdout)).toMatchObject({ license: 'Apache-2.0', usedBy: [first.runId] });
     const [x] = first.slides;
     for (const command of [
       ['show', first.runId],

@@ -244,9 +244,9 @@ import sys
 import numpy as np, tifffile
 
 for path, marked in zip(sys.argv[1:], (False, True)):
-    pixels = np.full((1024, 1024, 3), (150, 70, 160), np.uint8)
+    pixels = np.full((1024, 1024, 3), (170, 100, 180), np.uint8)
     if marked:
-        pixels[256:512, 512:768] = (230, 40, 60)
+        pixels[256:512, 512:768] = (90, 30, 100)
     tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="deflate",
                      resolution=(20000, 20000), resolutionunit="CENTIMETER")
 `,
@@ -259,10 +259,10 @@ import torch
 
 class Mean(torch.nn.Module):
     def forward(self, tiles):
-        red = tiles.mean(dim=(1, 2, 3))
-        if float(tiles[:, 0].mean(dim=(1, 2)).max()) > 0.8:
-            raise ValueError("this tile is too red")
-        return red[:, None]
+        means = tiles.mean(dim=(1, 2, 3))
+        if float(tiles[:, 0].mean(dim=(1, 2)).min()) < 0.5:
+            raise ValueError("this tile is too dark")
+        return means[:, None]
 
 
 def model_fn(model_dir):
@@ -271,6 +271,7 @@ def model_fn(model_dir):
   const descriptor = {
     ...models.get('area-png'),
     ...{ name: 'picky', outputs: ['mean'], heatmap: undefined },
+    input: { mean: [0, 0, 0], std: [1, 1, 1], range: [0, 1] },
   };
   const files: Files = new Map([
     ['model.json', Buffer.from(JSON.stringify(descriptor))],
@@ -287,6 +288,6 @@ def model_fn(model_dir):
     ['plain.tiff', 'AGGREGATED', undefined],
     ['marked.tiff', 'FAILED', 'ModelError'],
   ]);
-  expect(summary.slides[1]?.reason?.message).toContain('too red');
+  expect(summary.slides[1]?.reason?.message).toContain('too dark');
   expect(summary.jobs.filter(({ kind }) => kind === 'transform')).toHaveLength(1);
 }, 240_000);

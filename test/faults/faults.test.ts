@@ -17,7 +17,7 @@ import { MODELS, sceneOf, weatherOf } from './scene.ts';
 import { World } from './world.ts';
 
 const only = process.env.SLIDEWAY_FAULT_SEED;
-const schedules = Number(process.env.SLIDEWAY_FAULT_SCHEDULES || 240);
+const schedules = Number(process.env.SLIDEWAY_FAULT_SCHEDULES || 200);
 
 describe('dice', () => {
   it('give the same seed the same schedule, and another seed another', () => {

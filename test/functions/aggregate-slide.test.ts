@@ -2,7 +2,7 @@ import { QueryCommand } from '@aws-sdk/lib-dynamodb';
 import { decode } from 'fast-png';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 
-import { type Completion, modelSchema, type SlideResult } from '../../core/contracts.ts';
+import { type Completion, type JobItem, modelSchema, type SlideResult } from '../../core/contracts.ts';
 import { resultPrefix } from '../../core/keys.ts';
 import { type AggregateDependencies, aggregateSlide } from '../../core/slide-result.ts';
 import { readBytes, readJson, sha256, writeJson, writeObject } from '../../core/store.ts';
@@ -26,12 +26,13 @@ let deps: AggregateDependencies;
 beforeAll(async () => {
   services = await startServices();
   deps = { ...services, codeVersion: '0.1.0', countedRequests: () => ({ s3Get: 3, s3Put: 2 }) };
-  await writePlan(services, [], [MODEL, CLASSIFIER, EMBEDDER, PERCENTILES]);
+  await writePlan(services, [], [MODEL, CLASSIFIER, EMBEDDER, PERCENTILES, SERVED]);
 });
 afterAll(() => services.close());
 
 const TILES: ExampleTile[] = tileGrid(4, 2, 256, (x, y) => [x / 2 + y / 4]);
 
+const SERVED = modelSchema.parse({ ...MODEL, name: 'served', mode: 'transform' });
 const PERCENTILES = modelSchema.parse({ ...MODEL, name: 'percentiles', aggregate: ['p99', 'p5'] });
 
 /** Features of a few tiles, with the weight that the head gives to each. */
@@ -234,6 +235,34 @@ describe('a slide whose model did not answer', () => {
       error: 'JobFailed',
       message: 'the job job-1 failed: AlgorithmError: out of memory',
     });
+  });
+
+  it('says in transform mode what the model’s inference ended with', async () => {
+    const job = (
+      jobName: string,
+      kind: JobItem['kind'],
+      state: JobItem['state'],
+      error = 'TransformFailed',
+    ) =>
+      services.state.putJob(RUN.runId, {
+        ...{ jobName, model: 'served', version: '1', state, ...(kind && { kind }) },
+        ...(state === 'FAILED' && { reason: { error, message: 'why' } }),
+        ...{ instanceType: 'ml.g5.xlarge', instanceCount: 1, instanceSeconds: 60 },
+      });
+    const why = async (slideId: string) => {
+      await aggregate(slideId, ['served']);
+      return (await item(slideId))?.reason;
+    };
+    await job('s-tile-1', 'tile', 'FAILED', 'TilingFailed');
+    expect(await why('w1')).toEqual({ error: 'TilingFailed', message: 'the job s-tile-1 failed: why' });
+    await job('s-tile-1', 'tile', 'SUCCEEDED');
+    await job('s-transform-1', 'transform', 'SUCCEEDED');
+    await job('s-transform-2', 'transform', 'FAILED', 'ModelDigestMismatch');
+    expect((await why('w2'))?.error).toBe('ModelDigestMismatch');
+    await job('s-join-1', 'join', 'FAILED', 'JoinFailed');
+    expect((await why('w3'))?.error).toBe('JoinFailed');
+    await job('s-join-2', 'join', 'SUCCEEDED');
+    expect((await why('w4'))?.error).toBe('ResultMissing');
   });
 
   it('keeps the good result where only one of its models failed', async () => {

@@ -7,6 +7,7 @@ Everything is measured in rounds, one after the other in each, and medians are t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import queue
@@ -132,6 +133,22 @@ class TileDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         return torch.from_numpy(read_openslide(self._slide, self._grid, x, y).copy())
 
 
+def with_tiffslide(case: Case, grid: Grid, threads: int) -> float:
+    """The same with tiffslide, which decodes with imagecodecs."""
+    from tiffslide import TiffSlide
+
+    def work(part: Positions) -> None:
+        with TiffSlide(case.path) as slide:
+            for x, y in part.tolist():
+                read_openslide(slide, grid, x, y)
+
+    parts = np.array_split(grid.positions, threads)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, parts))
+    return len(grid.positions) / (time.perf_counter() - started)
+
+
 def with_dataloader(case: Case, grid: Grid, threads: int) -> float:
     """From the first batch on: the workers' start does not count."""
     batch = min(BATCH, max(1, len(grid.positions) // 8))
@@ -174,13 +191,36 @@ def with_fast(source: ByteSource, case: Case, grid: Grid, threads: int) -> float
     with open_fast(source, name=case.path.name, threads=threads) as reader:
         buffers: queue.Queue[U8] = queue.Queue()
         for _ in range(4):
-            buffers.put(np.empty((BATCH, PX, PX, 3), np.uint8))
+            buffers.put(np.full((BATCH, PX, PX, 3), 255, np.uint8))  # memory that is there, as the pipeline's is
         started = time.perf_counter()
         for batch in reader.read_batches(grid.geometry, grid.positions, BATCH, buffers):
             if batch.unread:
                 raise RuntimeError("the bench's slide has unreadable tiles")
             buffers.put(batch.buffer)
         return len(grid.positions) / (time.perf_counter() - started)
+
+
+def real_slides(folder: Path, threads: int, count: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Every tile of small real slides at their own pixel size, several times over."""
+    figures: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    for path in sorted([*folder.glob("*.svs"), *folder.glob("*.tif")]):
+        with open_fast(FileSource(path), name=path.name) as reader:
+            mpp = (reader.mpp or (0.25, 0.25))[0]
+            geometry = plan_tiles(reader.levels, (mpp, mpp), PX, mpp, 0, 0.02)
+            axes = [np.arange(0, size - PX + 1, PX) for size in (reader.width, reader.height)]
+        positions = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2).astype(np.int32)
+        grid, case = Grid(geometry, np.tile(positions, (8, 1)), (), (), b""), Case(path.stem, path, mpp)
+        found = rounds(
+            {
+                "openslide_threads": lambda case=case, grid=grid: with_openslide(case, grid, threads),
+                "fast_file": lambda case=case, grid=grid: with_fast(FileSource(case.path), case, grid, threads),
+            },
+            count,
+        )
+        figures |= {f"{path.name}.{name}": round(value, 1) for name, value in found.items()}
+        ratios[f"{path.name}: fast / OpenSlide in threads"] = found["fast_file"] / found["openslide_threads"]
+    return figures, ratios
 
 
 def with_model(predictors: Sequence[Predictor], batches: int) -> float:
@@ -221,7 +261,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the figures, as JSON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slides-a-job", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=62)
+    parser.add_argument("--real", type=Path, help="folder of small real slides")
     options = parser.parse_args()
     threads = processors()
     cases = [
@@ -247,6 +288,8 @@ def main() -> int:
             "fast_s3": lambda case=case, grid=grid: with_fast(s3(case, options.endpoint), case, grid, threads),
         }
         if case.name == "native":
+            if importlib.util.find_spec("tiffslide"):
+                measures["tiffslide"] = lambda case=case, few=few: with_tiffslide(case, few, threads)
             measures["tifffile"] = lambda case=case, grid=grid: with_tifffile(case, grid, threads)
             measures["fast_slow_s3"] = lambda case=case, grid=grid: with_fast(
                 s3(case, options.slow_endpoint), case, grid, threads
@@ -261,6 +304,9 @@ def main() -> int:
             ratios[f"{case.name}: fast / tifffile"] = found["fast_file"] / found["tifffile"]
             ratios[f"{case.name}: fast from slow S3 / from S3"] = found["fast_slow_s3"] / found["fast_s3"]
 
+    if options.real:
+        for of_all, of_real in zip((figures, ratios), real_slides(options.real, threads, options.rounds), strict=True):
+            of_all.update(of_real)
     whole(options, cases[0], s3, threads, figures, ratios)
     ratios = {name: round(value, 3) for name, value in ratios.items()}
     options.out.write_text(json.dumps({"figures": figures, "ratios": ratios}))

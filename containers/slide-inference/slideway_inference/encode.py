@@ -30,7 +30,7 @@ def encode(tile: U8, form: TileFormat, quality: int | None) -> bytes:
     if form == "jpeg":
         if not available():
             return _pillow(tile, "JPEG", quality=quality, subsampling=0)
-        made: bytes = simplejpeg.encode_jpeg(tile, quality, "RGB", "444")
+        made: bytes = simplejpeg.encode_jpeg(tile, quality, "RGB", "444", fastdct=False)
     else:
         if not available():
             return _pillow(tile, "PNG", compress_level=1)

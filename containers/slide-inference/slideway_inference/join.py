@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from slideway_inference.errors import (
     TilesetMissing,
     by_name,
 )
+from slideway_inference.features import import_h5py
 from slideway_inference.job import Job
 from slideway_inference.model import Head, ModelSpec, open_package
 from slideway_inference.pipeline import PROGRESS_SECONDS, SlideWork, check_readable, shares, tell_end, tell_progress
@@ -58,6 +59,8 @@ T = TypeVar("T")
 def join(job: Job) -> None:
     """Raises ShardInvalid, what opening the model package raises, and Stopped."""
     package = open_package(job.package, job.shards[0].model, job.scratch / "model")
+    if package.spec.task == "embedding":
+        import_h5py()
     if any(shard.tiled is None or shard.transformed is None for shard in job.shards):
         raise ShardInvalid("The shards lack tiled or transformed: they are not of transform mode.")
     slides = [(shard, slide) for shard in job.shards for slide in shard.slides]
@@ -87,13 +90,10 @@ class _Joiner:
 
     def wait(self, future: Future[T]) -> T:
         """Raises Stopped, and what the future raises."""
-        while True:
+        while not future.done():
             self._check_stop()
-            try:
-                return future.result(_POLL)
-            except TimeoutError:
-                if future.done():
-                    raise
+            wait([future], _POLL)
+        return future.result()
 
     def _check_stop(self) -> None:
         if self._job.stop.is_set():
@@ -348,8 +348,9 @@ class _Lines:
             found = len(values) if isinstance(values, list) else "no"
             raise ModelError(f"The model answered with {found} numbers for tile {name}, not {self._outputs}.")
         try:
-            numbers = np.array(values, np.float64).astype(np.float32)
-        except (ValueError, TypeError) as reason:
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is told below
+                numbers = np.array(values, np.float64).astype(np.float32)
+        except (ValueError, TypeError, OverflowError) as reason:
             raise ModelError(f"The model answered with something else than numbers for tile {name}.") from reason
         if not np.isfinite(numbers).all():
             raise ModelError("The model answered with numbers that are not finite.")

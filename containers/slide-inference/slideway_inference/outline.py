@@ -86,9 +86,9 @@ def pieces_of(mask: Bool) -> list[Piece]:
 def _group(
     edges: npt.NDArray[np.int64], path: npt.NDArray[np.int64], firsts: npt.NDArray[np.int64], columns: int
 ) -> list[Piece]:
-    """`path` has the edges loop by loop, each loop from `firsts` on. Holes go to the outer loop around them: left of
-    a hole's first pixel lies tissue, and the run of tissue there begins at an edge of the outer loop, or of a hole
-    of the same piece that lies further left."""
+    """`path` has the edges loop by loop, each from `firsts` on. Holes go to the outer loop around them: left of a
+    hole's first pixel lies tissue, and the run of tissue there begins at an edge of the outer loop, or of a hole of
+    the same piece that lies further left."""
     lengths = np.diff(np.append(firsts, len(path)))
     before = np.arange(len(path)) - 1
     before[firsts] += lengths

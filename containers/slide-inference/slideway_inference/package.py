@@ -12,16 +12,18 @@ import http.client
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from slideway_inference.model import Package, Predictor
 
 _SHOWN = 8
+_START_SECONDS = 60.0
 _CONTAINER = Path(__file__).resolve().parents[1]
 _TOLERANCE = 1e-5
 """Between the modes, beside the numbers' own size: batches of another size may sum in another order."""
@@ -68,18 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     with _stdout_aside() as out:
         try:
-            made = _build(options) if options.action == "build" else _check(options)
+            made = _build(options) if options.action == "build" else _check(options, out)
             code = 0
         except SlidewayError as error:
             made, code = {"ok": False, "error": error.name, "message": str(error)}, 1
         except OSError as error:
             made, code = {"ok": False, "error": "FileUnusable", "message": str(error)}, 1
-        print(json.dumps(made, ensure_ascii=False, indent=2), file=out, flush=True)
+        _print(made, out)
     return code
 
 
+def _print(made: dict[str, Any], out: TextIO) -> None:
+    print(json.dumps(made, ensure_ascii=False, indent=2), file=out, flush=True)
+
+
 @contextmanager
-def _stdout_aside() -> Iterator[Any]:
+def _stdout_aside() -> Iterator[TextIO]:
     """Whatever else is printed, also by libraries in C, goes to stderr meanwhile."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -149,7 +156,7 @@ def _content(source: Path) -> dict[str, Path]:
 # --- check -----------------------------------------------------------------------------------------------------
 
 
-def _check(options: argparse.Namespace) -> dict[str, Any]:
+def _check(options: argparse.Namespace, out: TextIO) -> dict[str, Any]:
     from slideway_inference.model import load_predictors
     from slideway_inference.model.package import file_digest, unpack
     from slideway_inference.pipeline import processors
@@ -166,9 +173,10 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         head = package.head()
         tiles = generated_tiles(spec.px, max(2, options.tiles))
         warnings = _warnings(package)
-        expected, direct = _directly(predictors, tiles, spec.batch)
         tolerance = _HALF_TOLERANCE if predictors[0].on_gpu else _TOLERANCE
-        _same(expected[:1], predictors[0].run(tiles[:1]), tolerance, "alone and in a batch")
+        with _within(options.seconds, root, out):
+            expected, direct = _directly(predictors, tiles, spec.batch)
+            _same(expected[:1], predictors[0].run(tiles[:1]), tolerance, "alone and in a batch")
         served, over_http = _served(root, tiles, options.seconds)
         difference = _same(expected, served, tolerance, "in a Processing job and behind serve")
         if expected.std(axis=0).max() == 0:
@@ -201,6 +209,25 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
                 "attention": head.spec.attention,
             }
         return {**report, "warnings": warnings}
+
+
+@contextmanager
+def _within(seconds: float, scratch: Path, out: TextIO) -> Iterator[None]:
+    """Ends the process where it takes longer: nothing else ends a model that never answers."""
+
+    def give_up() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        error = ModelError(f"The model did not answer within {seconds:g} s.")
+        _print({"ok": False, "error": error.name, "message": str(error)}, out)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def generated_tiles(px: int, count: int) -> Tiles:
@@ -266,7 +293,7 @@ def _served(root: Path, tiles: Tiles, seconds: float) -> tuple[npt.NDArray[np.fl
         [sys.executable, "-m", "slideway_inference", "serve"], env=environment, stdout=sys.stderr.fileno()
     )
     try:
-        _await(server, port, seconds)
+        _await(server, port, max(seconds, _START_SECONDS))
         _post(port, _pack(tiles[:2]), seconds)
         started = time.perf_counter()
         lines = _post(port, pack, seconds)

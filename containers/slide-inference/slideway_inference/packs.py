@@ -4,7 +4,6 @@ read them. A pack is the same to the byte whenever the same tiles go into it."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import tempfile
 import threading
@@ -44,11 +43,10 @@ def header(name: str, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack that was written."""
+    """A pack that was given."""
 
     bytes: int
     tiles: int
-    sha256: str
 
 
 class Packer:
@@ -133,7 +131,7 @@ class Packer:
             return
         body = b"".join((*self._parts, bytes(_TRAILER)))
         number = len(self.packs)
-        self.packs.append(Pack(len(body), self._members, hashlib.sha256(body).hexdigest()))
+        self.packs.append(Pack(len(body), self._members))
         self._parts, self._size, self._members = [], 0, 0
         self._give(number, body)
 

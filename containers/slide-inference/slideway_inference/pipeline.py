@@ -118,13 +118,15 @@ class Target(Protocol):
 
 @dataclass
 class SlideWork:
-    """A slide on its way, as its task knows it. `readable` (n,) goes with the survey's positions."""
+    """A slide on its way, as its task knows it. `readable` (n,) goes with the survey's positions; `surveying` are the
+    processor's seconds for the survey."""
 
     shard: Shard
     slide: ShardSlide
     folder: Path
     requests: Requests = field(default_factory=Requests)
     timings: dict[str, float] = field(default_factory=dict)
+    surveying: float = 0.0
     bound: dict[str, float] = field(default_factory=dict)
     survey: Survey | None = None
     readable: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
@@ -367,6 +369,7 @@ class Pipeline:
             opened = work.lane.open(self._request(work, slide))
             work.survey, work.strips = opened.survey, opened.strips
             work.timings = self._timings(work.survey, fetched=0.0)
+            work.surveying = opened.usage.processor
             self._used(work, replace(opened.usage, processor=0.0))
         except PlanesNotSupported:
             raise
@@ -393,6 +396,7 @@ class Pipeline:
             finally:
                 self._surveyor.release()
         work.timings = self._timings(work.survey, fetched)
+        work.surveying = work.survey.seconds
         self._read_from_disk(work, np.arange(len(work.survey.positions)))
 
     def _timings(self, survey: Survey, fetched: float) -> dict[str, float]:
@@ -799,7 +803,7 @@ class Pipeline:
         timings = work.timings
         seconds = {
             "network": timings.get("fetch", 0.0),
-            "tissue": timings.get("tissue", 0.0),
+            "tissue": work.surveying / self._threads,
             "decode": timings.get("read", 0.0) / self._threads,
             self._task.part: timings.get(self._task.timing, 0.0) / len(self._task.workers),
             "write": timings.get("write", 0.0),

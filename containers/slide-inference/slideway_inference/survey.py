@@ -22,8 +22,8 @@ from slideway_inference.resolution import Mpp, resolve_mpp
 from slideway_inference.tissue import TISSUE_MPP, find_tissue, tissue_geojson
 
 _THUMBNAIL_PIXELS = 1024
-_OVERVIEW_LIMIT = 16384
-"""Longest side of the overview; only an implausibly large slide would meet it."""
+_OVERVIEW_PIXELS = 16 << 20
+"""Of the overview at most, so that memory does not grow with the slide: above 32 × 32 mm it is coarser."""
 
 
 class Surveyed(Protocol):
@@ -83,14 +83,11 @@ def survey(slide: Surveyed, request: SurveyRequest) -> Survey:
     width, height = slide.levels[0].width, slide.levels[0].height
     mpp, source = resolve_mpp(request.mpp, request.mpp_source, slide.mpp)
     geometry = plan_tiles(slide.levels, mpp, request.px, request.tile_mpp, request.overlap, request.mpp_tolerance)
-    shrink = max(
-        1.0,
-        width * mpp[0] / TISSUE_MPP / _OVERVIEW_LIMIT,
-        height * mpp[1] / TISSUE_MPP / _OVERVIEW_LIMIT,
-    )
+    across, down = width * mpp[0] / TISSUE_MPP, height * mpp[1] / TISSUE_MPP
+    shrink = max(1.0, math.sqrt(across * down / _OVERVIEW_PIXELS))
+    longest = _OVERVIEW_PIXELS // 16  # of a slide that is absurdly narrow
     overview = slide.overview(
-        max(1, min(width, round(width * mpp[0] / TISSUE_MPP / shrink))),
-        max(1, min(height, round(height * mpp[1] / TISSUE_MPP / shrink))),
+        max(1, min(width, longest, round(across / shrink))), max(1, min(height, longest, round(down / shrink)))
     )
     if overview.unreadable.all():
         raise SlideUnreadable(

@@ -1,10 +1,9 @@
 """`tile`: what it does with a slide's tiles. They are encoded, or passed through where the slide's own JPEG tile is
-the wanted one, put into packs that are uploaded while the slide is read, and described by an index. Tilesets that are
-there already are used again."""
+the wanted one, put into packs that are uploaded while the slide is read, and described by an index. Tilesets that
+are there already are used again."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -137,10 +136,8 @@ class Tiler(Task):
         }
         for name, data in files.items():
             packing.uploads.put(f"{packing.place.prefix}{name}", data, CONTENT_TYPES[name])
+            packing.files[name] = len(data)
         packing.uploads.wait()
-        packing.files = {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-        }
 
     def complete(self, work: SlideWork) -> None:
         if work.error is not None:
@@ -160,6 +157,8 @@ class Tiler(Task):
 
     def _document(self, work: SlideWork, packing: _Packing) -> dict[str, Any]:
         ok = int(work.readable.sum())
+        digests = packing.uploads.digests
+        keys = [pack_key(packing.place, packing.identifier, n) for n in range(len(packing.packer.packs))]
         return {
             "tilesetId": packing.identifier,
             "slideChecksum": work.slide.checksum,
@@ -173,15 +172,13 @@ class Tiler(Task):
                 "passedThrough": packing.passed_through,
             },
             "packs": [
-                {
-                    "key": pack_key(packing.place, packing.identifier, number),
-                    "bytes": pack.bytes,
-                    "tiles": pack.tiles,
-                    "sha256": pack.sha256,
-                }
-                for number, pack in enumerate(packing.packer.packs)
+                {"key": key, "bytes": pack.bytes, "tiles": pack.tiles, "sha256": digests[key]}
+                for key, pack in zip(keys, packing.packer.packs, strict=True)
             ],
-            "files": packing.files,
+            "files": {
+                name: {"bytes": size, "sha256": digests[f"{packing.place.prefix}{name}"]}
+                for name, size in packing.files.items()
+            },
             "createdAt": packing.begun.isoformat(timespec="milliseconds"),
             "madeFor": made_for(work.shard),
             "jobName": self._job.name,
@@ -251,7 +248,7 @@ class _Packing:
         self.uploads = uploads
         self.begun = datetime.now(UTC)
         self.passed_through = 0
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, int] = {}
         self._names = member_names(positions, tiling)
         self._objects = TILE_TYPES[tiling.format] if tiling.objects else None
         self._lock = threading.Lock()
@@ -261,7 +258,8 @@ class _Packing:
         for index, data in zip(indices.tolist(), cast(list[bytes], answers), strict=True):
             self.packer.put(index, data)
             if self._objects:
-                self.uploads.put(f"{self.place.prefix}objects/{self._names[index]}", data, self._objects)
+                key = f"{self.place.prefix}objects/{self._names[index]}"
+                self.uploads.put(key, data, self._objects, digest=False)
         with self._lock:
             self.passed_through += sum(isinstance(data, _AsStored) for data in cast(list[bytes], answers))
 

@@ -11,6 +11,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ TISSUE_MPP = 8.0
 Bool = npt.NDArray[np.bool_]
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
+T = TypeVar("T", bound=np.generic)
 
 _SATURATION = (0.06, 0.12)
 _DENSITY = (0.05, 0.12)
@@ -104,35 +106,43 @@ def _stained(overview: Overview) -> Bool:
     scanned = overview.scanned
     if not scanned.any():
         return np.zeros_like(scanned)
-    # Colour by colour: sums over the last axis of three are slow, and a table has the 256 logarithms there are.
-    colours = [np.ascontiguousarray(overview.rgb[..., colour]) for colour in range(3)]
-    high = np.maximum(np.maximum(colours[0], colours[1]), colours[2])
-    low = np.minimum(np.minimum(colours[0], colours[1]), colours[2])
-    tables = [_densities(colour if scanned.all() else colour[scanned]) for colour in colours]
-    stained = np.empty(scanned.shape, np.bool_)
+    tables = [_densities(overview.rgb[..., colour][scanned]) for colour in range(3)]
     saturation = np.empty(scanned.shape, np.float32)
     density = np.empty(scanned.shape, np.float32)
     for rows in _blocks(scanned.shape):
-        np.divide(high[rows] - low[rows], np.maximum(high[rows], 1), out=saturation[rows], dtype=np.float32)
-        total = tables[0].take(colours[0][rows])
-        total += tables[1].take(colours[1][rows])
-        total += tables[2].take(colours[2][rows])
+        # Colour by colour: sums over the last axis of three are slow, and a table has the 256 logarithms there are.
+        colours = [np.ascontiguousarray(overview.rgb[rows, :, colour]) for colour in range(3)]
+        high, low = _high(*colours), _low(*colours)
+        np.divide(high - low, np.maximum(high, 1), out=saturation[rows], dtype=np.float32)
+        total = tables[0].take(colours[0])
+        total += tables[1].take(colours[1])
+        total += tables[2].take(colours[2])
         np.divide(total, 3, out=density[rows])
-    counted = scanned & ~_ink(colours, high, low, saturation)
+    counted = scanned & ~_ink(overview.rgb, saturation)
     saturated = _threshold(saturation, counted, 1.0, _SATURATION)
     dense = _threshold(density, counted, 1.5, _DENSITY)
     for rows in _blocks(scanned.shape):
         colour, depth = saturation[rows], density[rows]
         pale = (colour > saturated) & (depth > _DENSITY[0])
         deep = (depth > dense) & (colour > _SATURATION[0])
-        stained[rows] = (pale | deep | (depth > _DARK)) & counted[rows]
-    return stained
+        counted[rows] &= pale | deep | (depth > _DARK)
+    return counted
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Rows, as many at a time as a processor's cache holds."""
     step = max(1, _BLOCK_PIXELS // shape[1])
     return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def _high(red: npt.NDArray[T], green: npt.NDArray[T], blue: npt.NDArray[T]) -> npt.NDArray[T]:
+    found: npt.NDArray[T] = np.maximum(np.maximum(red, green), blue)
+    return found
+
+
+def _low(red: npt.NDArray[T], green: npt.NDArray[T], blue: npt.NDArray[T]) -> npt.NDArray[T]:
+    found: npt.NDArray[T] = np.minimum(np.minimum(red, green), blue)
+    return found
 
 
 def _densities(colour: U8) -> F32:
@@ -167,17 +177,24 @@ def _percentile(values: U8, share: float) -> float:
     return float(below + (above - below) * (at - int(at)))
 
 
-def _ink(colours: list[U8], high: U8, low: U8, saturation: F32) -> Bool:
+def _ink(rgb: U8, saturation: F32) -> Bool:
     """Pen marks: blue, green, red and black. Hue in degrees; stains keep clear of these hues at these saturations
     (haematoxylin is 230–290°, eosin 310–350°, DAB 15–40°)."""
-    # Hue is worked out only where it can be ink's: in colour, and not with the least of green, as stains have.
-    chroma8 = high - low
-    slack = (chroma8 >> 3) + 1
-    greenish = np.maximum(colours[0], colours[1]) - colours[1] <= slack
-    reddish = (colours[0] == high) & (np.maximum(colours[1], colours[2]) - low <= 3 * slack)
-    coloured = np.flatnonzero((greenish | reddish) & (saturation > _LEAST_INK))
-    red, green, blue = (colour.ravel()[coloured].astype(np.float32) for colour in colours)
-    top = high.ravel()[coloured]
+    candidates = np.empty(saturation.shape, np.bool_)
+    black, dull = np.empty_like(candidates), np.empty_like(candidates)
+    for rows in _blocks(saturation.shape):
+        colours = [np.ascontiguousarray(rgb[rows, :, colour]) for colour in range(3)]
+        high, low = _high(*colours), _low(*colours)
+        neutral = (high - low) < 30
+        black[rows], dull[rows] = neutral & (high < 75), neutral & (high < 190)
+        # Hue is worked out only where it can be ink's: in colour, and not with the least of green, as stains have.
+        slack = ((high - low) >> 3) + 1
+        greenish = np.maximum(colours[0], colours[1]) - colours[1] <= slack
+        reddish = (colours[0] == high) & (np.maximum(colours[1], colours[2]) - low <= 3 * slack)
+        candidates[rows] = (greenish | reddish) & (saturation[rows] > _LEAST_INK)
+    coloured = np.flatnonzero(candidates)
+    red, green, blue = rgb.reshape(-1, 3)[coloured].T.astype(np.float32)
+    top = _high(red, green, blue)
     strong = saturation.ravel()[coloured]
     chroma = np.maximum(strong * top, 1e-3)
     hue: F32 = (
@@ -205,10 +222,8 @@ def _ink(colours: list[U8], high: U8, low: U8, saturation: F32) -> Bool:
         if core.any():
             rim = (strong > rim_saturation) & _within(hue, rim_hue)
             ink |= _grow(where(core), where(rim))
-    neutral = chroma8 < 30
-    black = neutral & (high < 75)
     if black.any():
-        ink |= _grow(black, neutral & (high < 190))
+        ink |= _grow(black, dull)
     return ink
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from slideway_inference.errors import Stopped
 from slideway_inference.remote import Watch
@@ -24,7 +25,7 @@ class Uploads:
         self._room = _ROOM_BYTES
         self._freed = threading.Condition()
 
-    def put(self, own: SlideUploads, key: str, body: bytes, content_type: str) -> Future[None]:
+    def put(self, own: SlideUploads, key: str, body: bytes, content_type: str, *, digest: bool) -> Future[None]:
         size = min(len(body), _ROOM_BYTES)
         with self._freed:
             while self._room < size:
@@ -35,6 +36,8 @@ class Uploads:
         def upload() -> None:
             try:
                 if own.failed is None:  # of a slide that has failed nothing more is needed
+                    if digest:
+                        own.digests[key] = hashlib.sha256(body).hexdigest()
                     with own.watch:
                         self.store.put(own.bucket, key, body, content_type, own.requests)
             except Exception as error:
@@ -55,31 +58,30 @@ class Uploads:
 
 
 class SlideUploads:
-    """One slide's objects in one bucket. The first that fails is told by the next call."""
+    """One slide's objects in one bucket. The first that fails is told by the next call. `digests` has the SHA-256,
+    by key, of those for which it was asked."""
 
     def __init__(self, uploads: Uploads, bucket: str, requests: Requests) -> None:
         self.bucket = bucket
         self.requests = requests
         self.watch = Watch()
+        self.digests: dict[str, str] = {}
         self.failed: Exception | None = None
         self._uploads = uploads
         self._running: list[Future[None]] = []
 
-    def put(self, key: str, body: bytes, content_type: str) -> None:
+    def put(self, key: str, body: bytes, content_type: str, *, digest: bool = True) -> None:
         """Raises OutputFailed of this or an earlier object, Stopped."""
         self._check()
         self._running = [future for future in self._running if not future.done()]
-        self._running.append(self._uploads.put(self, key, body, content_type))
+        self._running.append(self._uploads.put(self, key, body, content_type, digest=digest))
 
     def wait(self) -> None:
         """Until all are there. Raises as `put`."""
         for future in self._running:
             while not future.done():
                 self._uploads.check_stop()
-                try:
-                    future.result(_POLL)
-                except TimeoutError:
-                    continue
+                wait([future], _POLL)
         self._check()
 
     def _check(self) -> None:

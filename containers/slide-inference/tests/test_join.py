@@ -16,9 +16,12 @@ import pytest
 import slides
 from conftest import REAL_SLIDES, Job, needs_real_slides
 from fast_slides import picture, save_jpeg
+from s3 import S3
 from serving import Served
 from test_readers import damaged
 from tilesets import OUT, join, made, of_model, put, shard_fields, tile, transform
+
+from slideway_inference.reference_model import package_bytes
 
 Lines = list[dict[str, Any]]
 
@@ -39,10 +42,24 @@ def small_packs() -> dict[str, Any]:
     return shard_fields(px=128, packBytes=40_000)
 
 
-@pytest.fixture
-def tiled(job: Job, tmp_path: Path) -> Job:
-    job.add("one", drawn(tmp_path))
+@pytest.fixture(scope="module")
+def tiled_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], bytes]:
+    """What tiling one slide leaves, made once."""
+    folder = tmp_path_factory.mktemp("tiled")
+    s3 = S3()
+    job = Job(folder / "ml", s3)
+    job.root.mkdir()
+    job.use_model(package_bytes())
+    job.add("one", drawn(folder))
     assert tile(job, **small_packs()).code == 0
+    s3.close()
+    return s3.objects
+
+
+@pytest.fixture
+def tiled(job: Job, tiled_objects: dict[tuple[str, str], bytes], tmp_path: Path) -> Job:
+    job.add("one", drawn(tmp_path))
+    job.s3.objects.update(tiled_objects)
     return job
 
 
@@ -200,39 +217,41 @@ def changed(**values: Any) -> Callable[[Lines], Lines]:  # noqa: ANN401
     return lambda made_lines: [made_lines[0], {**made_lines[1], **values}, *made_lines[2:]]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error", "said"),
-    [
-        (without_last, "PackFailed", "of its"),
-        (with_more, "PackFailed", "more than its"),
-        (swapped, "PackFailed", "line 1 is for tile"),
-        (changed(tile=None), "PackFailed", "line 2 is for tile None"),
-        (changed(values=[float("nan")]), "ModelError", "not finite"),
-        (changed(values=[1e60]), "ModelError", "not finite"),
-        (changed(values=[0.5, 0.5]), "ModelError", "answered with 2 numbers"),
-        (changed(values=None), "ModelError", "answered with no numbers"),
-        (changed(values=["much"]), "ModelError", "something else than numbers"),
-        (changed(error={"error": "ModelError", "message": "too dark"}), "ModelError", "too dark"),
-    ],
-)
-def test_predictions_that_are_not_those_of_the_pack_fail_the_slide(
-    tiled: Job, spoil: Callable[[Lines], Lines], error: str, said: str
-) -> None:
-    tileset = made(tiled, "one")
-    last = tileset.told["packs"][-1]["tiles"]
-    transform(tiled, tileset, lambda members: spoil(lines(members)) if len(members) != last else lines(members))
-    ended = join(tiled, **small_packs())
-    assert (ended.code, ended_with(tiled)) == (1, ("FAILED", error))
-    assert said in tiled.marker("one")["message"]
-    assert not any(key.endswith("/tiles.parquet") for _, key in tiled.s3.objects)
+SPOILED: dict[str, tuple[Callable[[Lines], Lines], str, str]] = {
+    "short": (without_last, "PackFailed", "of its"),
+    "long": (with_more, "PackFailed", "more than its"),
+    "swapped": (swapped, "PackFailed", "line 1 is for tile"),
+    "nameless": (changed(tile=None), "PackFailed", "line 2 is for tile None"),
+    "nan": (changed(values=[float("nan")]), "ModelError", "not finite"),
+    "huge": (changed(values=[1e60]), "ModelError", "not finite"),
+    "endless": (changed(values=[10**400]), "ModelError", "something else than numbers"),
+    "words": (changed(values=["much"]), "ModelError", "something else than numbers"),
+    "two": (changed(values=[0.5, 0.5]), "ModelError", "answered with 2 numbers"),
+    "none": (changed(values=None), "ModelError", "answered with no numbers"),
+    "raised": (changed(error={"error": "ModelError", "message": "too dark"}), "ModelError", "too dark"),
+}
 
 
-def test_lines_that_are_no_json_fail_the_slide(tiled: Job) -> None:
-    key = transform(tiled, made(tiled, "one"), lines)[1]
-    whole = tiled.s3.objects["silver", key].decode()
-    put(tiled, key, whole[: len(whole) // 2])
-    assert join(tiled, **small_packs()).code == 1
-    assert ended_with(tiled) == ("FAILED", "PackFailed")
+def test_predictions_that_are_not_those_of_the_pack_fail_their_slide_alone(job: Job, tmp_path: Path) -> None:
+    path = drawn(tmp_path)
+    for slide_id in (*SPOILED, "broken", "good"):
+        job.add(slide_id, path)
+    assert tile(job, **small_packs()).code == 0
+    for slide_id, (spoil, _, _) in SPOILED.items():
+        tileset = made(job, slide_id)
+        transform(job, tileset, lambda members, spoil=spoil: spoil(lines(members)))
+    key = transform(job, made(job, "broken"), lines)[1]
+    put(job, key, job.s3.objects["silver", key].decode()[:-20])
+    transform(job, made(job, "good"), lines)
+    ended = join(job, **small_packs())
+    assert ended.code == 0, ended.message + ended.stderr
+    assert ended_with(job, "good") == ("INFERRED", None)
+    assert ended_with(job, "broken") == ("FAILED", "PackFailed")
+    for slide_id, (_, error, said) in SPOILED.items():
+        assert (slide_id, *ended_with(job, slide_id)) == (slide_id, "FAILED", error)
+        assert said in job.marker(slide_id)["message"]
+    tables = [key for _, key in job.s3.objects if key.endswith("/tiles.parquet")]
+    assert tables == ["runs/run-1/slides/good/haematoxylin-area/tiles.parquet"]
 
 
 def test_a_pack_without_output_fails_its_slide_alone(job: Job, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`package build` and `package check`, as `slideway model` calls them; the examples of embeddings go the same way."""
+"""`package build` and `package check`, as `slideway model` calls them; the embedding example goes this way."""
 
 from __future__ import annotations
 
@@ -140,20 +140,29 @@ def test_code_can_be_refused_and_what_it_prints_stays_out_of_the_report(tmp_path
     assert any("requirements.txt is not installed" in warning for warning in report["warnings"])
 
 
-def test_a_model_that_never_answers_fails_within_its_time(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        ("True", "ModelError", "did not answer within 3 s"),
+        ("'SLIDEWAY_SERVE_SOCKET' in os.environ", "ServeFailed", "ModelStuck: The model did not answer within 3 s"),
+    ],
+)
+def test_a_model_that_never_answers_fails_within_its_time(
+    where: str, error: str, said: str, tmp_path: Path
+) -> None:
+    code = f"""
 import os, time
 def model_fn(folder):
     return None
 def predict_fn(data, model):
-    while "SLIDEWAY_SERVE_SOCKET" in os.environ:
+    while {where}:
         time.sleep(1)
     return data.mean((1, 2, 3)).unsqueeze(1)
 """
     package = written(tmp_path, "model.tar.gz", packages.code_package(code))
     status, report, _ = run("check", package, "--tiles", 2, "--seconds", 3)
-    assert (status, report["error"]) == (1, "ServeFailed")
-    assert "ModelStuck" in report["message"]
+    assert (status, report["error"]) == (1, error)
+    assert said in report["message"]
 
 
 # torchvision's own counts of entries and weights: the names load strictly because they are all there.

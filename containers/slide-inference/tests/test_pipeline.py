@@ -11,7 +11,9 @@ import numpy as np
 import packages
 import pytest
 import slides
+import tifffile
 from conftest import Job
+from fast_slides import jpeg, picture, save_jpeg
 
 from slideway_inference.reader import open_slide
 
@@ -90,3 +92,31 @@ def test_a_slide_in_s3_is_read_as_one_on_disk(job: Job, tmp_path: Path) -> None:
     fast, disk = job.tiles("fast"), job.tiles("disk")
     assert (fast["minx"], fast["miny"]) == (disk["minx"], disk["miny"])
     np.testing.assert_allclose(fast["value_haematoxylin_area"], disk["value_haematoxylin_area"], atol=1e-6)
+
+
+def test_a_tile_that_the_fast_reader_cannot_give_is_read_once_by_openslide(job: Job, tmp_path: Path) -> None:
+    """Of one the pixels come from OpenSlide, which draws it from the level above; of the other, whose JPEG is not
+    as large as its tile, they come from nobody."""
+    changes = {"tile": {"px": 240, "mpp": 1.0}, "batch": BATCH, "outputs": ["batch", "light"]}
+    job.use_model(packages.model_package(packages.BatchAndLight(), **changes))
+    image = picture(1920, 1920)
+    path = save_jpeg(tmp_path / "s.svs", image, missing={0}, downsamples=(2,), description="Aperio x|MPP = 0.5")
+    with tifffile.TiffFile(path) as tiff:
+        offset, size = tiff.pages[1].dataoffsets[6], tiff.pages[1].databytecounts[6]
+    small = jpeg(image[:120, :120], ycbcr=False)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(small.ljust(size, b"\0"))
+    job.add("one", path)
+    ended = job.run()
+    assert ended.code == 0, ended.message + ended.stderr
+    (complete,) = ended.named("slide-complete")
+    assert (complete["tilesReadAgain"], complete["tilesUnreadable"]) == (2, 1)
+    assert job.marker("one")["slide"]["reader"].startswith("fast, openslide")
+    table = job.tiles("one")
+    assert table["status"] == ["unreadable" if index == 6 else "ok" for index in range(16)]
+    with open_slide(path) as slide:
+        for x, y, value in zip(table["minx"], table["miny"], table["value_light"], strict=True):
+            if (x, y) != (960, 480):
+                expected = slide.read_region(1, x // 2, y // 2, 240, 240).rgb.mean() / 255
+                assert value == pytest.approx(expected, abs=1e-3)

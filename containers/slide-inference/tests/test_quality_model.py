@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from slideway_inference.model.predictors import load_predictor
 from slideway_inference.quality_model import package_bytes
 from slideway_inference.reader import open_slide
 
+GREY = np.array([0.299, 0.587, 0.114])
 STAINS = rgb_from_hed / np.linalg.norm(rgb_from_hed, axis=1, keepdims=True)
 
 
@@ -78,17 +80,33 @@ def test_on_a_real_slide_it_is_scikit_images_and_falls_with_every_blur(model: Pr
         for index, stain in enumerate(("haematoxylin", "eosin")):
             expected = stains[..., index][tissue].mean() if tissue.any() else 0
             assert one[stain] == pytest.approx(expected, abs=1e-3)
-        grey = tile @ [0.299, 0.587, 0.114]
+        grey = tile @ GREY
         assert one["focus"] == pytest.approx(np.log10(1 + laplace(grey)[1:-1, 1:-1].var()), abs=1e-3)
         assert one["saturation"] == pytest.approx(rgb2hsv(tile)[..., 1].mean(), abs=2e-3)
         assert one["ink"] < 0.2
 
+    tissue = [tile for tile in tiles if ((-np.log10(np.maximum(tile, 1) / 255)).mean(2) > 0.1).mean() > 0.5]
+    assert len(tissue) > 10  # of glass there is no focus, only noise
     before = np.inf
     for sigma in (0.0, 0.7, 1.0, 1.5, 2.0, 4.0):
-        blurred = [np.round(gaussian_filter(tile.astype(float), (sigma, sigma, 0))) for tile in tiles]
+        blurred = [np.round(gaussian_filter(tile.astype(float), (sigma, sigma, 0))) for tile in tissue]
         focus = np.array([one["focus"] for one in measured(model, *blurred)])
         assert (focus < before).all()
         before = focus
+
+    def told_apart(measure: Callable[[np.ndarray], float]) -> float:
+        """The chance that a sharp tile scores above another, or the same, that was blurred."""
+        sharp = np.array([measure(tile @ GREY) for tile in tissue])
+        soft = np.array([measure(gaussian_filter(tile.astype(float), (1, 1, 0)) @ GREY) for tile in tissue])
+        return float((sharp[:, None] > soft).mean())
+
+    laplacian = told_apart(lambda grey: laplace(grey)[1:-1, 1:-1].var())
+    tenengrad = told_apart(
+        lambda grey: ((grey[2:] - grey[:-2]) ** 2).mean() + ((grey[:, 2:] - grey[:, :-2]) ** 2).mean()
+    )
+    vollath = told_apart(lambda grey: (grey[:, :-1] * grey[:, 1:]).mean() - (grey[:, :-2] * grey[:, 2:]).mean())
+    assert laplacian > 0.99
+    assert laplacian > tenengrad > vollath
 
 
 def test_the_package_is_the_same_bytes_every_time(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,43 @@ def test_what_is_no_native_jpeg_tile_is_encoded(job: Job, tmp_path: Path) -> Non
     assert made(job, "cut").document["tiles"]["passedThrough"] == tiles["ok"]
 
 
+def test_overlapping_tiles_are_right_whether_passed_through_or_not(job: Job, tmp_path: Path) -> None:
+    path = save_jpeg(tmp_path / "native.tiff", picture(1100, 900), tile=(256, 256))
+    job.add("one", path)
+    assert tile(job, **shard_fields(overlap=64)).code == 0
+    tileset = made(job, "one")
+    assert {x % 256 for x in tileset.index["minx"]} == {0, 64, 128, 192}
+    with openslide.OpenSlide(str(path)) as slide:
+        for at, pixels in tileset.pixels().items():
+            wanted = np.asarray(slide.read_region(at, 0, (256, 256)).convert("RGB")).astype(int)
+            assert np.abs(pixels - wanted).mean() < 3
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_where_the_fast_reader_crashes_the_rest_is_tiled_from_disk(job: Job, tmp_path: Path, form: str) -> None:
+    path = drawn(tmp_path)
+    job.add("one", path)
+    job.s3.slow = (path.name, 0.3)
+    process = job.run(command="tile", wait=False, **shard_fields(px=64, format=form))
+    children = Path(f"/proc/{process.pid}/task")
+    deadline = time.monotonic() + 60
+    while not any(call == "GET" and path.name in key for call, key in job.s3.log):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.s3.slow = None
+    for task in children.iterdir():
+        for child in (task / "children").read_text().split():
+            os.kill(int(child), signal.SIGSEGV)
+    ended = job.end(process)
+    assert ended.code == 0, ended.message + ended.stderr
+    tileset = made(job, "one")
+    assert "openslide" in tileset.document["slide"]["reader"]
+    assert len(tileset.members()) == tileset.told["tiles"]["kept"] > 0
+    plain = plain_tiles(path, 0.5, 64, 0.5)
+    for at, pixels in tileset.pixels(64).items():
+        assert np.abs(pixels.astype(int) - plain[at]).mean() <= (0 if form == "png" else 8)
+
+
 @needs_real_slides
 def test_a_real_slide_whose_jpeg_lacks_its_marker_keeps_its_colours(job: Job) -> None:
     """CMU-1's tiles are RGB in abbreviated streams without an Adobe marker: 240 pixels wide."""
@@ -329,7 +368,10 @@ def test_the_same_slide_gives_the_same_bytes_also_when_two_tile_it_at_once(job: 
     names = ["index.parquet", "tissue.geojson", "thumbnail.jpg"]
     first = [tileset.object(name) for name in names], tileset.packs
     assert len(tileset.packs) > 1
-    assert [len(pack) for pack in tileset.packs] == [pack["bytes"] for pack in tileset.document["packs"]]
+    for pack, described in zip(tileset.packs, tileset.document["packs"], strict=True):
+        assert (len(pack), sha256(pack).hexdigest()) == (described["bytes"], described["sha256"])
+    for name, described in tileset.document["files"].items():
+        assert sha256(tileset.object(name)).hexdigest() == described["sha256"]
     job.s3.objects.clear()
     assert tile(job, **fields).code == 0
     tileset = made(job, "one")

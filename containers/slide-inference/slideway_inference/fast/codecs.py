@@ -4,7 +4,6 @@ lock while it decodes."""
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from importlib import import_module
@@ -25,8 +24,6 @@ U8 = npt.NDArray[np.uint8]
 Colour = Literal["rgb", "ycbcr", "stream"]
 """What a JPEG's components are: as the file says, or as the stream itself does."""
 
-_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
-"""What ends a scan: a marker that is neither a stuffed byte nor a restart."""
 _SCANS = 64
 """Most scans of a progressive JPEG; a bomb has thousands of empty ones."""
 
@@ -90,10 +87,17 @@ class Jpeg:
             stream, scan = self._stream(data, width, height)
         except TileError:
             return None
-        end = _MARKER.search(stream, scan + 2 + int.from_bytes(stream[scan + 2 : scan + 4], "big"))
-        if end is None or end.group()[-1] != 0xD9 or stream[end.end() :].strip(b"\0\xff"):
+        begin = scan + 2 + int.from_bytes(stream[scan + 2 : scan + 4], "big")
+        if begin + 2 > len(stream):
             return None
-        return stream[: end.end()]
+        coded = np.frombuffer(stream, np.uint8, offset=begin)
+        at = np.flatnonzero(coded[:-1] == 0xFF)
+        marker = coded[at + 1]
+        at = at[(marker != 0) & ((marker < 0xD0) | (marker > 0xD7))]  # neither a stuffed byte nor a restart
+        end = begin + int(at[0]) if len(at) else 0
+        if not end or stream[end + 1] != 0xD9 or stream[end + 2 :].strip(b"\0\xff"):
+            return None
+        return stream[: end + 2]
 
     def _stream(self, data: Data, width: int, height: int) -> tuple[bytes, int]:
         """The tile as a stream that stands by itself, and where its first scan's header begins."""
@@ -158,7 +162,10 @@ class _NeverStored:
 
 
 class Jpeg2000(_NeverStored):
-    """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, and the stream does not turn them."""
+    """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, and the stream does not turn them.
+
+    Not at reduced size: what its wavelet leaves at half size is no mean over pixels (4.5 grey levels beside it on
+    average, 73 at most, on a real slide, where JPEG's is 0.4), and takes four fifths of the time of the whole."""
 
     name = "jpeg2000"
     reductions: tuple[int, ...] = (1,)

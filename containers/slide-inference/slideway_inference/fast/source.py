@@ -44,7 +44,8 @@ class ByteSource(Protocol):
     bytes_read: int
 
     def read(self, ranges: Sequence[Range]) -> Sequence[Data]:
-        """The bytes of each range, all wholly inside the source; as views they keep their whole request. Raises SlideFetchFailed, SlideChanged, Stopped."""
+        """The bytes of each range, all wholly inside the source; a view keeps all that was read with it. Raises
+        SlideFetchFailed, SlideChanged, Stopped."""
         ...
 
     def close(self) -> None: ...
@@ -185,8 +186,7 @@ class S3Source:
             self._get(requests[0][0], bodies[0])
             return _cut(ranges, requests, bodies)
         running = [
-            self._pool.submit(self._get, offset, body)
-            for (offset, _), body in zip(requests, bodies, strict=True)
+            self._pool.submit(self._get, offset, body) for (offset, _), body in zip(requests, bodies, strict=True)
         ]
         try:
             for future in running:

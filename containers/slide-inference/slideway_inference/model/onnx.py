@@ -87,14 +87,17 @@ def _session(package: Package, device: torch.device) -> Any:  # noqa: ANN401
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if str(device.type) == "cuda":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise ModelFormatNotSupported(
-                "This ONNX Runtime cannot use the GPU: install onnxruntime-gpu in place of onnxruntime."
-            )
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    on_gpu = str(device.type) == "cuda"
+    providers: list[Any] = [("CUDAExecutionProvider", {"device_id": device.index or 0})] if on_gpu else []
     try:
-        return onnxruntime.InferenceSession(str(package.weights), options, providers=providers)
+        session = onnxruntime.InferenceSession(
+            str(package.weights), options, providers=[*providers, "CPUExecutionProvider"]
+        )
     except Exception as error:  # ONNX Runtime's errors have no common class
         raise ModelPackageInvalid(f"model.onnx does not load: {first_line(error)}") from error
+    if on_gpu and "CUDAExecutionProvider" not in session.get_providers():  # it went to the processors by itself
+        raise ModelFormatNotSupported(
+            "This ONNX Runtime cannot use the GPU: install onnxruntime-gpu, in a version that is built for this "
+            "CUDA, in place of onnxruntime."
+        )
+    return session
