@@ -16,7 +16,8 @@ import { UserError } from '../cli/terminal.ts';
 import type { Context, Measured } from './bench.ts';
 import { startS3 } from './s3.ts';
 
-const SIDE = 40_000;
+/** Pixels a side of the slides. */
+const SIDE = Number(process.env.SLIDEWAY_BENCH_SIDE ?? 40_000);
 const QUICK_SIDE = 8_000;
 
 const measuredSchema = z.object({

@@ -8,6 +8,8 @@ import type { Bench, Context, Measured } from './bench.ts';
 import { measureInPython } from './python.ts';
 import { slowLine } from './s3.ts';
 
+/** Small real slides, which the tests use too. */
+const REAL_SLIDES = process.env.SLIDEWAY_TEST_SLIDES;
 /** A region's S3 seen from an instance: 30 ms to the first byte, 1 Gbit/s a connection. */
 const LINE = { latencyMs: 30, bytesPerSecond: 125e6 };
 
@@ -25,6 +27,7 @@ async function measure(context: Context): Promise<Measured> {
       slow = await slowLine(endpoint, LINE);
       const digest = createHash('sha256').update(await readFile(model));
       return [
+        ...(REAL_SLIDES ? ['--real', REAL_SLIDES] : []),
         ...['--slow-endpoint', slow.endpoint, '--model', model, '--digest', `sha256:${digest.digest('hex')}`],
       ];
     });

@@ -1,10 +1,15 @@
 /** What may go wrong between tiles and slides, on the packaged flow, with a container that fails as it is told. */
-import { mkdirSync, renameSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { buffer } from 'node:stream/consumers';
 import { setTimeout as wait } from 'node:timers/promises';
 import { gzipSync } from 'node:zlib';
 import { ListObjectsV2Command, PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
-import { ListModelsCommand, SageMakerClient, StopTransformJobCommand } from '@aws-sdk/client-sagemaker';
+import {
+  ListModelsCommand,
+  ListTransformJobsCommand,
+  SageMakerClient,
+  StopTransformJobCommand,
+} from '@aws-sdk/client-sagemaker';
 import { ListExecutionsCommand, SFNClient, StopExecutionCommand } from '@aws-sdk/client-sfn';
 import { pack } from 'tar-stream';
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest';
@@ -19,6 +24,8 @@ import { python, Workplace } from './support.ts';
 
 const work = new Workplace();
 const MODEL_NAME = 'served';
+/** Longer than any of these Transform jobs takes, but one. */
+const TRANSFORM_SECONDS = 45;
 
 /**
  * The three parts of the container without slides and models: what a slide is called says how its packs fare. Joining
@@ -87,7 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name.startswith("never") or name.startswith("once") and asked <= 2:
             return self.answer(500)
         if name.startswith("hang") and asked == 1:
-            time.sleep(60)
+            time.sleep(300)
         if name.startswith("slow"):
             time.sleep(3)
         self.answer(200)
@@ -127,6 +134,20 @@ def join():
 {"tile": tile, "serve": serve, "join": join}[sys.argv[1]]()
 `;
 
+/** The packaged deployment, but for a limit of Transform jobs that can be waited for. */
+async function packageWithShortLimit(): Promise<string> {
+  const folder = work.path('package');
+  cpSync(await ensurePackage(new Screen(process.stderr, { quiet: true }), 'dev'), folder, {
+    recursive: true,
+  });
+  const path = `${folder}/cloudformation-template-update-stack.json`;
+  const template = readFileSync(path, 'utf8');
+  const limit = /(TimeoutSeconds\\+": ?)86400/g;
+  expect(template.match(limit)).toHaveLength(1);
+  writeFileSync(path, template.replace(limit, `$1${TRANSFORM_SECONDS}`));
+  return folder;
+}
+
 let aws: LocalAws;
 let s3: S3Client;
 let sageMaker: SageMakerClient;
@@ -147,7 +168,7 @@ beforeAll(async () => {
   writeFileSync(`${folder}/Dockerfile`, 'FROM python:3.12\nENTRYPOINT ["python", "-m", "container"]\n');
   aws = await startLocalAws({
     state: work.path('state'),
-    package: await ensurePackage(new Screen(process.stderr, { quiet: true }), 'dev'),
+    package: await packageWithShortLimit(),
     python,
     containers: work.path('containers'),
     timeScale: 0.001,
@@ -207,11 +228,11 @@ const executions = async () =>
     .executions ?? [];
 
 async function until<T>(check: () => Promise<T | false | undefined>): Promise<T> {
-  const deadline = Date.now() + 60_000;
+  const deadline = Date.now() + 150_000;
   for (;;) {
     const value = await check();
     if (value) return value;
-    if (Date.now() > deadline) throw new Error(`not within a minute; asked for: ${asked.join(', ')}`);
+    if (Date.now() > deadline) throw new Error(`not within its time; asked for: ${asked.join(', ')}`);
     await wait(100);
   }
 }
@@ -393,6 +414,22 @@ describe('a job of any kind', () => {
     ]);
   }, 120_000);
 });
+
+it('a Transform job that takes too long is stopped, and another does what is missing', async () => {
+  const { summary } = await run('long', ['two', 'hang']);
+  expect(reasons(summary)).toEqual({ two: 'Joined', hang: 'Joined' });
+  expect(jobs(summary).slice(2)).toEqual([
+    ['transform', '1', 'FAILED', 'JobTimedOut'],
+    ['transform', '2', 'SUCCEEDED', undefined],
+  ]);
+  const { TransformJobSummaries = [] } = await sageMaker.send(
+    new ListTransformJobsCommand({ StatusEquals: 'Stopped' }),
+  );
+  const hung = TransformJobSummaries.find(({ TransformJobName = '' }) =>
+    summary.jobs.some(({ jobName }) => jobName === TransformJobName),
+  );
+  expect(hung?.TransformJobName).toMatch(/-transform-1$/);
+}, 180_000);
 
 it('a run that is stopped by hand leaves its model to the sweep', async () => {
   await drop('aborted', ['hang']);

@@ -51,6 +51,15 @@ class Jobs implements JsonService {
       .map((line) => JSON.parse(line) as { name: string; at: number });
   }
 
+  #answer(operation: string, input: Payload, caller: Caller): object {
+    caller.authorize(`sagemaker:${operation}`, '*');
+    this.requests.push(input);
+    const refusal = this.refusal;
+    this.refusal = undefined;
+    if (refusal) throw refusal;
+    return operation === 'CreateModel' ? { ModelArn: 'arn:of-the-model' } : {};
+  }
+
   readonly operations: JsonService['operations'] = {
     CreateProcessingJob: async (input: Payload & { ProcessingJobName: string }, caller: Caller) => {
       caller.authorize('sagemaker:CreateProcessingJob', input.ProcessingJobName);
@@ -76,6 +85,10 @@ class Jobs implements JsonService {
         ...(failed ? outcome : {}),
       };
     },
+    CreateModel: async (input: Payload, caller: Caller) => this.#answer('CreateModel', input, caller),
+    DeleteModel: async (input: Payload, caller: Caller) => this.#answer('DeleteModel', input, caller),
+    StopTransformJob: async (input: Payload, caller: Caller) =>
+      this.#answer('StopTransformJob', input, caller),
     StopProcessingJob: async ({ ProcessingJobName: name }: { ProcessingJobName: string }) => {
       this.stopped.push(name);
       return {};

@@ -466,6 +466,38 @@ describe('processing jobs', () => {
   });
 });
 
+describe('single calls of SageMaker', () => {
+  const call = (resource: string, parameters: Payload) => ({
+    Call: { Type: 'Task', Resource: `arn:aws:states:::${resource}`, Parameters: parameters, End: true },
+  });
+
+  test('give their answer, asked for by the role', async () => {
+    const model = { ModelName: 'm', ExecutionRoleArn: ROLE };
+    const { output } = await run(call('sagemaker:createModel', model), {});
+    expect(output).toEqual({ ModelArn: 'arn:of-the-model' });
+    expect(host.jobs.requests.at(-1)).toEqual(model);
+    await run(call('aws-sdk:sagemaker:deleteModel', { ModelName: 'm' }), {});
+    await run(call('aws-sdk:sagemaker:stopTransformJob', { TransformJobName: 'j' }), {});
+    expect(host.asked.filter((asked) => /Model$|TransformJob$/.test(asked))).toEqual([
+      'slide-run sagemaker:CreateModel',
+      'slide-run sagemaker:DeleteModel',
+      'slide-run sagemaker:StopTransformJob',
+    ]);
+  });
+
+  test.each([
+    ['sagemaker:createModel', 'ValidationException', 'SageMaker.AmazonSageMakerException'],
+    ['sagemaker:createModel', 'ResourceLimitExceeded', 'SageMaker.ResourceLimitExceededException'],
+    ['aws-sdk:sagemaker:deleteModel', 'ValidationException', 'SageMaker.SageMakerException'],
+    ['aws-sdk:sagemaker:stopTransformJob', 'ResourceNotFound', 'SageMaker.ResourceNotFoundException'],
+  ])('%s refused with %s is %s', async (resource, code, error) => {
+    host.jobs.refusal = new ServiceError(code, 'not so');
+    const result = await run(call(resource, { ModelName: 'm', TransformJobName: 'j' }), {});
+    expect(result.error).toBe(error);
+    expect(result.cause).toMatch(/^not so \(Service: (Amazon)?SageMaker; Status Code: 400; Error Code: /);
+  });
+});
+
 describe('executions', () => {
   test('the same name and input is the same execution while it runs, and taken once it has ended', async () => {
     const executionArn = await start({ Wait: { Type: 'Wait', Seconds: 50, End: true } }, { a: 1 });

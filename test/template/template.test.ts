@@ -99,6 +99,15 @@ const firstId = (type: string) => {
   return id;
 };
 
+/** The environment of the function whose name ends so. */
+function variablesOf(name: string): Record<string, string> {
+  const found = Object.values(packaged.Resources).find(({ Properties }) =>
+    String(Properties.FunctionName).endsWith(name),
+  );
+  if (!found) throw new Error(`The template has no function ${name}.`);
+  return (found.Properties.Environment as { Variables: Record<string, string> }).Variables;
+}
+
 describe.skipIf(!hasCfnLint)('cfn-lint', () => {
   it('has nothing to say on the template', () => {
     expect(cfnLint(packaged)).toEqual([]);
@@ -276,6 +285,27 @@ describe('what is kept', () => {
       if (statement) change(statement);
     });
     expect(buckets(copy)).toEqual(['SilverBucket: may be reached without TLS']);
+  });
+
+  it('expires where it can be made again: tiles, and what Transform jobs exchange; nothing else does', () => {
+    interface Rule {
+      Prefix?: string;
+      ExpirationInDays?: number;
+    }
+    const expiring = Object.entries(packaged.Resources).flatMap(([id, { Type, Properties }]) => {
+      if (Type !== 'AWS::S3::Bucket') return [];
+      const { Rules = [] } = (Properties.LifecycleConfiguration ?? {}) as { Rules?: Rule[] };
+      return Rules.filter(({ ExpirationInDays }) => ExpirationInDays !== undefined).map(
+        ({ Prefix, ExpirationInDays }) => [id, Prefix, ExpirationInDays],
+      );
+    });
+    const keepDays = Number(variablesOf('-plan-inference').TILES_KEEP_DAYS);
+    expect(expiring).toEqual([
+      ['SilverBucket', 'tiles/', keepDays],
+      ['SilverBucket', 'transform/', keepDays],
+    ]);
+    // The tiler makes a tileset anew two days before it expires.
+    expect(keepDays).toBeGreaterThan(2);
   });
 
   it('lies in tables, topics and repositories that are encrypted, and can be put back', () => {
@@ -528,11 +558,7 @@ describe('every SageMaker call', () => {
 
   /** A job as PlanInference makes them, with the stage's own figures and the longest name. */
   function job(mode: Mode): InferenceJob {
-    const plan = Object.values(packaged.Resources).find(({ Properties }) =>
-      String(Properties.FunctionName).endsWith('-plan-inference'),
-    );
-    if (!plan) throw new Error('The template has no function plan-inference.');
-    const { Variables } = plan.Properties.Environment as { Variables: Record<string, string> };
+    const Variables = variablesOf('-plan-inference');
     return {
       model: 'haematoxylin-area',
       version: '1.0.0',

@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from slideway_inference.errors import JobFailed, ModelError, ModelPackageInvalid, SlidewayError
+from slideway_inference.errors import (
+    JobFailed,
+    ModelError,
+    ModelFormatNotSupported,
+    ModelPackageInvalid,
+    SlidewayError,
+)
 
 if TYPE_CHECKING:
     from slideway_inference.model import Package, Predictor
@@ -161,13 +167,13 @@ def _check(options: argparse.Namespace, out: TextIO) -> dict[str, Any]:
     from slideway_inference.model.package import file_digest, unpack
     from slideway_inference.pipeline import processors
 
-    if options.no_code:
-        os.environ["SLIDEWAY_ALLOW_MODEL_CODE"] = "false"
     if not options.package.is_file():
         raise ModelPackageInvalid(f"{options.package.name} is not there.")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         package = unpack(options.package, root / "model")
+        if options.no_code and package.format == "code":
+            raise ModelFormatNotSupported("code/inference.py is refused: export the model as TorchScript or ONNX.")
         spec = package.spec
         predictors = load_predictors(package, processors())
         head = package.head()
@@ -289,9 +295,7 @@ def _served(root: Path, tiles: Tiles, seconds: float) -> tuple[npt.NDArray[np.fl
         "SAGEMAKER_MAX_PAYLOAD_IN_MB": str(max(100, (len(pack) >> 20) + 1)),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_CONTAINER), os.environ.get("PYTHONPATH", "")])),
     }
-    server = subprocess.Popen(
-        [sys.executable, "-m", "slideway_inference", "serve"], env=environment, stdout=sys.stderr.fileno()
-    )
+    server = subprocess.Popen([sys.executable, "-m", "slideway_inference", "serve"], env=environment)
     try:
         _await(server, port, max(seconds, _START_SECONDS))
         _post(port, _pack(tiles[:2]), seconds)

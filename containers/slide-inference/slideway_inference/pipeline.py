@@ -118,8 +118,8 @@ class Target(Protocol):
 
 @dataclass
 class SlideWork:
-    """A slide on its way, as its task knows it. `readable` (n,) goes with the survey's positions; `surveying` are the
-    processor's seconds for the survey."""
+    """A slide on its way, as its task knows it. `readable` (n,) goes with the survey's positions; `surveying` are
+    the processor's seconds for the survey."""
 
     shard: Shard
     slide: ShardSlide

@@ -1,6 +1,6 @@
-"""A tileset: a slide's kept tiles, encoded, in Silver. It belongs to the slide's checksum and the parameters that make
-tiles, not to a run or a model, so that the same slide is tiled once. `tileset.json` is written last, says everything
-about it, and alone says that it is whole."""
+"""A tileset: a slide's kept tiles, encoded, in Silver. It belongs to the slide's checksum and the parameters that
+make tiles, not to a run or a model, so that the same slide is tiled once. `tileset.json` is written last, says
+everything about it, and alone says that it is whole."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from slideway_inference.parquet import Column, read_plain, write_plain
 from slideway_inference.survey import Survey
 
 TILER = 1
-"""What a tileset is made by and looks like. Raise it with every change to which tiles there are, what is in them, or
-how they are written: tilesets made before are then not used again."""
+"""What a tileset is made by and looks like. Raise it with every change to which tiles there are, what is in them,
+or how they are written: tilesets made before are then not used again."""
 CONTENT_TYPES = {
     "index.parquet": "application/vnd.apache.parquet",
     "tissue.geojson": "application/geo+json",
@@ -220,7 +220,7 @@ def pack_key(place: Place, identifier: str, number: int) -> str:
 def index_parquet(
     survey: Survey, readable: npt.NDArray[np.bool_], packer: Packer, metadata: Mapping[str, str]
 ) -> bytes:
-    """A row for each kept tile. Always by the plain writer, so that it is the same to the byte wherever it is made."""
+    """A row for each kept tile. Always by the plain writer, so that it has the same bytes wherever it is made."""
     count = len(survey.positions)
     geometry = survey.geometry
     columns: dict[str, Column] = {

@@ -212,7 +212,10 @@ def test_classes_are_probabilities_and_two_hosts_share_the_shards(job: Job, tmp_
 @pytest.mark.parametrize(
     ("package", "said"),
     [
-        (packages.model_package(packages.ChannelMeans(), mode="transform"), "ModelFormatNotSupported"),
+        (
+            packages.package({"model.json": json.dumps(packages.document()).encode(), "model.onnx": b"x"}),
+            "ModelPackageInvalid",
+        ),
         (
             packages.package({"model.json": json.dumps(packages.document()).encode(), "model.pt": b"x"}),
             "ModelPackageInvalid",

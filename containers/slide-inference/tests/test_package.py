@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,32 @@ from conftest import CONTAINER
 from test_formats import ONLY_MODEL, coded, document, network, onnx_bytes
 from test_head import Attention, Features, embedding
 
+from slideway_inference import package as command
+
 EXAMPLES = CONTAINER / "examples"
+Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
-def run(*arguments: object) -> tuple[int, dict[str, Any], str]:
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """The command in this process: exit code, report and log. What it changes of the process is put back."""
+    before, path = torch.get_num_threads(), list(sys.path)
+
+    def begin(*arguments: object) -> tuple[int, dict[str, Any], str]:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        code = command.run(parser.parse_args([*map(str, arguments)]))
+        out, log = capfd.readouterr()
+        return code, json.loads(out), log
+
+    yield begin
+    torch.set_num_threads(before)
+    sys.path[:] = path
+    sys.modules.pop("convolutions", None)
+
+
+def run_apart(*arguments: object) -> tuple[int, dict[str, Any], str]:
+    """The command as `slideway model` starts it."""
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "slideway_inference", "package", *map(str, arguments)],
         cwd=CONTAINER,
@@ -27,7 +51,7 @@ def run(*arguments: object) -> tuple[int, dict[str, Any], str]:
         text=True,
         timeout=180,
     )
-    return ran.returncode, json.loads(ran.stdout) if ran.stdout else {}, ran.stderr
+    return ran.returncode, json.loads(ran.stdout), ran.stderr
 
 
 def written(folder: Path, name: str, content: bytes | dict[str, Any]) -> Path:
@@ -53,7 +77,7 @@ def sources(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("format", ["torchscript", "onnx", "code"])
 def test_a_package_of_every_format_is_built_and_passes(
-    format: str, sources: dict[str, Path], tmp_path: Path
+    format: str, sources: dict[str, Path], run: Run, tmp_path: Path
 ) -> None:
     model = written(tmp_path, "model.json", document(mode="transform"))
     out = tmp_path / "out" / "model.tar.gz"
@@ -79,7 +103,7 @@ def test_a_package_of_every_format_is_built_and_passes(
     assert report["warnings"] == []
 
 
-def test_an_embedding_with_a_head_is_checked_whole(tmp_path: Path) -> None:
+def test_an_embedding_with_a_head_is_checked_whole(run: Run, tmp_path: Path) -> None:
     described = embedding(
         head={"file": "slide.pt", "task": "classification", "outputs": ["a", "b"], "attention": True}
     )
@@ -123,18 +147,20 @@ class LooksAround(torch.nn.Module):
         ),
     ],
 )
-def test_a_package_that_fails_says_by_name_why(package: bytes, error: str, said: str, tmp_path: Path) -> None:
+def test_a_package_that_fails_says_by_name_why(
+    package: bytes, error: str, said: str, run: Run, tmp_path: Path
+) -> None:
     code, report, _ = run("check", written(tmp_path, "model.tar.gz", package), "--tiles", 32)
     assert (code, report["ok"], report["error"]) == (1, False, error)
     assert said in report["message"]
 
 
-def test_code_can_be_refused_and_what_it_prints_stays_out_of_the_report(tmp_path: Path) -> None:
+def test_code_can_be_refused_and_what_it_prints_stays_out_of_the_report(run: Run, tmp_path: Path) -> None:
     code = "print('loading')\ndef model_fn(folder): return lambda data: data.mean((1, 2, 3)).unsqueeze(1)"
     package = written(tmp_path, "model.tar.gz", packages.code_package(code, {"code/requirements.txt": b"timm"}))
-    status, report, log = run("check", package, "--no-code")
+    status, report, _ = run("check", package, "--no-code")
     assert (status, report["error"]) == (1, "ModelFormatNotSupported")
-    status, report, log = run("check", package, "--tiles", 4)
+    status, report, log = run_apart("check", package, "--tiles", 4)
     assert status == 0
     assert "loading" in log
     assert any("requirements.txt is not installed" in warning for warning in report["warnings"])
@@ -160,7 +186,7 @@ def predict_fn(data, model):
     return data.mean((1, 2, 3)).unsqueeze(1)
 """
     package = written(tmp_path, "model.tar.gz", packages.code_package(code))
-    status, report, _ = run("check", package, "--tiles", 2, "--seconds", 3)
+    status, report, _ = run_apart("check", package, "--tiles", 2, "--seconds", 3)
     assert (status, report["error"]) == (1, error)
     assert said in report["message"]
 
@@ -198,7 +224,7 @@ def test_the_embedding_example_has_torchvisions_names(
         example.network({"fc.weight": state["fc.weight"]})
 
 
-def test_the_embedding_example_goes_from_checkpoint_to_package(tmp_path: Path) -> None:
+def test_the_embedding_example_goes_from_checkpoint_to_package(run: Run, tmp_path: Path) -> None:
     def python(*arguments: object) -> str:
         ran = subprocess.run(
             [sys.executable, "-W", "ignore", *map(str, arguments)], capture_output=True, text=True, timeout=180

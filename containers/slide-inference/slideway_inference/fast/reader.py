@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -630,24 +630,27 @@ def _overview(native: NativeLevel, reduction: int, width: int, height: int, thre
     )
     across = _Shares(native.width, width, reduction)
     down = _Shares(native.height, height, reduction)
-    sums, top = np.zeros((0, width, 5), np.float32), 0
+    sums, marks, top = np.zeros((0, width, 3), np.float32), np.zeros((0, width, 2), np.float32), 0
     group = max(1, _OVERVIEW_PIXELS * reduction**2 // (native.tile_width * native.tile_height))
     with ThreadPoolExecutor(threads, "decode") as pool, ThreadPoolExecutor(1, "fetch") as fetcher:
         strips = _fetched(native, group, fetcher)
         for row, y0, y1 in _spans(native.rows, native.tile_height // reduction, down.length, 1):
             first, rows = down.of(y0, y1)
-            if first + len(rows) > top + len(sums):
-                sums = np.pad(sums, ((0, first + len(rows) - top - len(sums)), (0, 0), (0, 0)))
+            more = first + rows.count - top - len(sums)
+            if more > 0:
+                sums, marks = (np.pad(held, ((0, more), (0, 0), (0, 0))) for held in (sums, marks))
             for _, x0, x1 in _spans(native.columns, native.tile_width // reduction, across.length, group):
-                strip = _strip(native, next(strips), reduction, pool)
+                strip, marked = _strip(native, next(strips), reduction, pool)
                 left, columns = across.of(x0, x1)
-                part = strip[: y1 - y0, : x1 - x0].astype(np.float32)
-                part = part if down.same else np.tensordot(rows, part, 1)
-                part = part if across.same else np.einsum("cp,rpn->rcn", columns, part, optimize=True)
-                sums[first - top : first - top + len(rows), left : left + len(columns)] += part
+                at = slice(first - top, first - top + rows.count), slice(left, left + columns.count)
+                sums[at] += columns.over(rows.over(strip[: y1 - y0, : x1 - x0], 0), 1)
+                marks[at] += rows.over(np.ones((y1 - y0, 1, 1)), 0) * columns.over(marked[:, : x1 - x0], 1)
             done = height if row == native.rows - 1 else down.complete(y1)
-            _settle(view, sums[: done - top], top)
-            sums, top = sums[done - top :], done
+            rest = done - top
+            view.rgb[top:done] = np.minimum(sums[:rest] + 0.5, 255)
+            view.scanned[top:done] = marks[:rest, :, 0] >= 0.5
+            view.unreadable[top:done] = marks[:rest, :, 1] >= 0.5
+            sums, marks, top = sums[rest:], marks[rest:], done
     return view
 
 
@@ -680,30 +683,46 @@ def _fetched(native: NativeLevel, group: int, fetcher: ThreadPoolExecutor) -> It
         yield from under_way[0]
 
 
-def _strip(native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor) -> U8:
-    """Tiles beside each other: (height, width, 5); red, green, blue, whether scanned, whether unreadable."""
+def _strip(native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor) -> tuple[U8, U8]:
+    """Tiles beside each other: their colours (height, width, 3), white where there are none; and of each column
+    whether it was scanned and whether it is unreadable (1, width, 2)."""
     wide, high = native.tile_width // reduction, native.tile_height // reduction
-    strip = np.zeros((high, wide * len(tiles), 5), np.uint8)
-    strip[..., :3] = 255
+    strip = np.full((high, wide * len(tiles), 3), 255, np.uint8)
+    marked = np.zeros((1, wide * len(tiles), 2), np.uint8)
 
     def place(number: int) -> None:
         pixels = _decode(native, tiles[number], reduction)
-        part = strip[:, number * wide : (number + 1) * wide]
+        columns = slice(number * wide, (number + 1) * wide)
         if pixels is not None:
-            part[: pixels.shape[0], :, :3] = pixels
-            part[..., 3] = 1
+            strip[: pixels.shape[0], columns] = pixels
+            marked[:, columns, 0] = 1
         elif tiles[number].error is not None:
-            part[..., 4] = 1
+            marked[:, columns, 1] = 1
 
     list(pool.map(place, range(len(tiles))))
-    return strip
+    return strip, marked
 
 
-def _settle(view: Overview, sums: npt.NDArray[np.float32], top: int) -> None:
-    rows = slice(top, top + len(sums))
-    view.rgb[rows] = np.minimum(sums[..., :3] + 0.5, 255)
-    view.scanned[rows] = sums[..., 3] >= 0.5
-    view.unreadable[rows] = sums[..., 4] >= 0.5
+@dataclass(frozen=True)
+class _Taps:
+    """`count` cells, each a sum of pixels `index` (taps, count) by `weights` (taps, count); or the pixels as they
+    are."""
+
+    count: int
+    index: npt.NDArray[np.int64] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+
+    def over(self, part: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
+        """Of an array (height, width, n) along its first or second axis."""
+        if self.index is None or self.weights is None:
+            return part
+        shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
+        total: npt.NDArray[Any] | None = None
+        for index, weight in zip(self.index, self.weights, strict=True):
+            share = np.multiply(part.take(index, axis=axis), weight.reshape(shape), dtype=np.float32)
+            total = share if total is None else np.add(total, share, out=total)
+        assert total is not None
+        return total
 
 
 class _Shares:
@@ -715,16 +734,18 @@ class _Shares:
         self.same = pixels == cells * reduction
         self._cells = cells
 
-    def of(self, start: int, stop: int) -> tuple[int, npt.NDArray[np.float32]]:
-        """The first cell that pixels start…stop touch, and the shares (cells, pixels)."""
+    def of(self, start: int, stop: int) -> tuple[int, _Taps]:
+        """The first cell that pixels start…stop touch, and what these make of the cells from there on."""
         if self.same:
-            return start, np.eye(stop - start, dtype=np.float32)
+            return start, _Taps(stop - start)
         first = min(int((start + 1e-9) / self._scale), self._cells - 1)
         last = max(min(int(np.ceil((stop - 1e-9) / self._scale)), self._cells), first + 1)
-        edges = np.arange(first, last + 1)[:, None] * self._scale
-        pixels = np.arange(start, stop)[None, :]
-        overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-        return first, (np.clip(overlap, 0, None) / self._scale).astype(np.float32)
+        edges = np.arange(first, last + 1) * self._scale
+        low, high = np.clip(edges[:-1], start, stop), np.clip(edges[1:], start, stop)
+        pixels = np.floor(low + 1e-9).astype(np.int64)
+        index = pixels + np.arange(int((np.ceil(high - 1e-9) - pixels).max(initial=1)))[:, None]
+        weights = np.clip(np.minimum(index + 1, high) - np.maximum(index, low), 0, None) / self._scale
+        return first, _Taps(last - first, np.clip(index - start, 0, stop - start - 1), weights.astype(np.float32))
 
     def complete(self, stop: int) -> int:
         """Cells that no pixel from `stop` on touches."""
