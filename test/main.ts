@@ -106,7 +106,8 @@ try {
   await pythonChecker(python, 'mypy', []);
   if (has(python, 'pyarrow')) {
     const junit = join(reports, 'pytest.xml');
-    await runner(python, ['-m', 'pytest', '-q', `--junitxml=${junit}`], junit, countJunit, CONTAINER);
+    const args = ['-m', 'pytest', '-q', '-n', '2', `--junitxml=${junit}`];
+    await runner(python, args, junit, countJunit, CONTAINER);
   } else skip("the container's tests", 'pyarrow');
   const vitest = join(reports, 'vitest.json');
   const reporters = ['--reporter=default', '--reporter=json', `--outputFile.json=${vitest}`];

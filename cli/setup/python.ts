@@ -25,7 +25,7 @@ const DEBIAN_PYTHON = '/usr/bin/python3';
 
 /** What proves that an environment is whole. */
 const MODULES = ['boto3', 'numpy', 'openslide', 'PIL', 'torch'];
-const TEST_MODULES = ['pytest', 'skimage', 'tifffile'];
+const TEST_MODULES = ['pytest', 'skimage', 'tifffile', 'xdist'];
 /** The same from Debian; what it lacks (compressed Parquet, ONNX models) the container does without. */
 const DEBIAN_PACKAGES = [
   'python3-venv',
@@ -36,7 +36,12 @@ const DEBIAN_PACKAGES = [
   'python3-pil',
   'python3-torch',
 ];
-const DEBIAN_TEST_PACKAGES = ['python3-pytest', 'python3-skimage', 'python3-tifffile'];
+const DEBIAN_TEST_PACKAGES = [
+  'python3-pytest',
+  'python3-pytest-xdist',
+  'python3-skimage',
+  'python3-tifffile',
+];
 /** Whether the index answers is tried with it: small, and needed in any case. */
 const PROBE = 'pillow';
 
