@@ -1,5 +1,5 @@
 """What a GPU machine does with slides: a network of ResNet-50's size in half precision on tiles that are on the
-device already (the limit), on tiles from host memory, and in a whole job from S3 to Parquet; and JPEG decoding by
+device already (the limit), on tiles from host memory, and in whole jobs from S3 to Parquet; and JPEG decoding by
 nvJPEG beside libjpeg-turbo. For the container's image on an instance with a GPU; needs nothing but this folder:
 
     PYTHONPATH=. python bench/gpu.py [--side 40000] [--slides-a-job 4] [--json <file>]
@@ -12,15 +12,18 @@ import argparse
 import hashlib
 import json
 import os
+import queue
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -28,13 +31,15 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 from job import Job  # noqa: E402
 from packages import model_package  # noqa: E402
-from reading import BATCH, PX, Case, grid_of, with_decoder, with_fast  # noqa: E402
+from reading import BATCH, PX, Case, Grid, grid_of, with_decoder, with_fast  # noqa: E402
 from s3 import S3  # noqa: E402
 from slides import make  # noqa: E402
 
 from slideway_inference.contracts import ModelRef  # noqa: E402
-from slideway_inference.fast import FileSource  # noqa: E402
+from slideway_inference.errors import DecoderUnavailable  # noqa: E402
+from slideway_inference.fast import FileSource, open_fast  # noqa: E402
 from slideway_inference.model import Predictor, load_predictors, open_package  # noqa: E402
+from slideway_inference.model.device_decoder import DeviceDecoder  # noqa: E402
 from slideway_inference.model.torchscript import TorchScriptPredictor  # noqa: E402
 from slideway_inference.pipeline import processors  # noqa: E402
 
@@ -121,23 +126,32 @@ def from_host(predictor: Predictor, batch: int, batches: int) -> float:
     return batch * batches / (time.perf_counter() - started)
 
 
-def with_nvjpeg(data: tuple[bytes, ...], tiles: int, device: torch.device) -> float | None:
-    """The grid's native tiles decoded straight into the device's memory; None where torchvision is not there."""
+def with_device(path: Path, grid: Grid, device: torch.device, threads: int) -> float | None:
+    """The grid's tiles as the reader hands them on as parts, decoded and cut on the device; the time is the device's
+    alone. None where nvImageCodec is not there."""
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:
+        decoder = DeviceDecoder(device)
+    except DecoderUnavailable:
         return None
-    streams = [torch.frombuffer(bytearray(stream), dtype=torch.uint8) for stream in data]
+    buffers: queue.Queue[npt.NDArray[np.uint8]] = queue.Queue()
+    for _ in range(4):
+        buffers.put(np.empty((BATCH, PX, PX, 3), np.uint8))
+    seconds = 0.0
+    with open_fast(FileSource(path), name=path.name, threads=threads) as reader:
+        for batch in reader.read_batches(grid.geometry, grid.positions, BATCH, buffers, form="parts"):
+            started = time.perf_counter()
+            decoder(batch.tiles, batch.stored)
+            finish(device)
+            seconds += time.perf_counter() - started
+            buffers.put(batch.buffer)
+    return len(grid.positions) / seconds
 
-    def go() -> None:
-        for start in range(0, len(streams), BATCH):
-            decode_jpeg(streams[start : start + BATCH], mode=ImageReadMode.RGB, device=device)
-        finish(device)
 
-    go()
-    started = time.perf_counter()
-    go()
-    return tiles / (time.perf_counter() - started)
+def in_job(job: Job, decoder: str, url: str, path: Path, slides: int) -> float | None:
+    if decoder == "device" and find_spec("nvidia.nvimgcodec") is None:
+        return None
+    os.environ["SLIDEWAY_JPEG_DECODER"] = decoder
+    return job.run(url, path, slides).tiles_per_second
 
 
 def main() -> int:
@@ -181,10 +195,11 @@ def main() -> int:
         measures: dict[str, Callable[[], float | None]] = {
             "model_on_device": lambda: on_device(predictor, options.batch, options.batches, device),
             "model_from_host": lambda: from_host(predictor, options.batch, options.batches),
-            "decode_nvjpeg": lambda: with_nvjpeg(grid.data, len(grid.positions), device),
+            "decode_device": lambda: with_device(path, grid, device, threads),
             "decode_processor": lambda: with_decoder(grid, threads),
             "fast_reader": lambda: with_fast(FileSource(path), case, grid, threads),
-            "job": lambda: job.run(s3.url, path, options.slides_a_job).tiles_per_second,
+            "job": lambda: in_job(job, "processor", s3.url, path, options.slides_a_job),
+            "job_decoding_on_device": lambda: in_job(job, "device", s3.url, path, options.slides_a_job),
         }
         for _ in range(ROUNDS):
             for name, measure in measures.items():
@@ -194,8 +209,13 @@ def main() -> int:
         s3.close()
     figures = {name: round(statistics.median(values), 1) for name, values in found.items()}
     ratios = {"job / model on device": round(figures["job"] / figures["model_on_device"], 3)}
-    if "decode_nvjpeg" in figures:
-        ratios["nvJPEG / libjpeg-turbo"] = round(figures["decode_nvjpeg"] / figures["decode_processor"], 3)
+    if "decode_device" in figures:
+        ratios["job decoding on device / model on device"] = round(
+            figures["job_decoding_on_device"] / figures["model_on_device"], 3
+        )
+        ratios["decoding on device / libjpeg-turbo"] = round(
+            figures["decode_device"] / figures["decode_processor"], 3
+        )
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processors": threads,

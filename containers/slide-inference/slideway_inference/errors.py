@@ -3,6 +3,9 @@ what completion markers, logs and the state machine carry; the message says what
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 
 class SlidewayError(Exception):
     """Base of all named errors. Messages never hold file paths or manifest metadata."""
@@ -88,8 +91,20 @@ class ModelFormatNotSupported(JobFailed):
     """The package holds a kind of model, or asks for a mode, that this entry point does not run."""
 
 
+class DecoderUnavailable(JobFailed):
+    """Tiles are to be decoded on the device, and what does that is not installed: see SLIDEWAY_JPEG_DECODER."""
+
+
 class TileUnreadable(SlidewayError):
     """A tile of a request is no image of the model's size, or is damaged."""
+
+
+class TilesUnreadable(SlidewayError):
+    """Some tiles of a batch turn out to be damaged when a device decodes them; `damaged` (n,) says which."""
+
+    def __init__(self, damaged: npt.NDArray[np.bool_]) -> None:
+        super().__init__(f"{int(damaged.sum())} of {len(damaged)} tiles cannot be decoded.")
+        self.damaged = damaged
 
 
 class RequestRefused(SlidewayError):

@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.contracts import Shard, ShardSlide, TileSize
+from slideway_inference.fast import Form
 from slideway_inference.model import Head, ModelSpec, Predictor, Values
+from slideway_inference.model.device_decoder import NAME
 from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles
 from slideway_inference.results import Written, completion, is_done, result_key, write_marker, write_slide
 from slideway_inference.store import Requests, Store
 
 
 class Inference(Task):
-    stored = False
     state = "INFERRED"
     timing = "infer"
     part = "model"
@@ -28,6 +29,8 @@ class Inference(Task):
         self.tile = TileSize(model.px, model.mpp, model.overlap)
         self.batch = model.batch
         self.workers = [_Worker(predictor) for predictor in predictors]
+        self.form: Form = "parts" if all(predictor.decoder for predictor in predictors) else "pixels"
+        self.decoder = NAME
         self._store = store
         self._model = model
         self._head = head
@@ -86,8 +89,13 @@ class _Worker:
         self.on_gpu = predictor.on_gpu
         self.in_flight = predictor.in_flight
 
+    @property
+    def decoding(self) -> float:
+        decoder = self._predictor.decoder
+        return decoder.seconds if decoder is not None else 0.0
+
     def submit(self, tiles: Tiles, stored: Lengths) -> Callable[[], Answers]:
-        return self._predictor.submit(tiles)
+        return self._predictor.submit_parts(tiles, stored) if stored.any() else self._predictor.submit(tiles)
 
 
 class _Predictions:

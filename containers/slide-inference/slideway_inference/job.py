@@ -107,10 +107,13 @@ def process(job: Job) -> None:
     if package.spec.task == "embedding":
         import_h5py()
     cores = processors()
-    predictors = load_predictors(package, cores)
+    decoder = os.environ.get("SLIDEWAY_JPEG_DECODER", "processor")
+    predictors = load_predictors(package, cores, decode=decoder == "device")
     readers = readers_for(cores - sum(predictor.on_gpu for predictor in predictors))
     device = predictors[0].device_name
-    job.log.event("model-loaded", version=package.spec.version, device=device, devices=len(predictors))
+    job.log.event(
+        "model-loaded", version=package.spec.version, device=device, devices=len(predictors), jpegDecoder=decoder
+    )
     store = Store()
     work_slides(job, store, Inference(store, package.spec, package.head(), predictors, job.name), readers)
 

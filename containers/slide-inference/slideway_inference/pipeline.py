@@ -41,9 +41,10 @@ from slideway_inference.errors import (
     SlideUnreadable,
     SlidewayError,
     Stopped,
+    TilesUnreadable,
     by_name,
 )
-from slideway_inference.fast import NotFast, PlanesNotSupported
+from slideway_inference.fast import Form, NotFast, PlanesNotSupported
 from slideway_inference.log import Log
 from slideway_inference.reader_process import Filled, ReadRequest
 from slideway_inference.reading import Arena, ReaderProcess
@@ -91,7 +92,7 @@ Answers = npt.NDArray[np.float32] | list[bytes]
 
 class Worker(Protocol):
     """One device or processor, used by one thread. `in_flight` is how many batches may be submitted before the
-    first of their answers is asked for."""
+    first of their answers is asked for, `decoding` the seconds that it has decoded tiles in so far."""
 
     @property
     def on_gpu(self) -> bool: ...
@@ -99,10 +100,14 @@ class Worker(Protocol):
     @property
     def in_flight(self) -> int: ...
 
+    @property
+    def decoding(self) -> float: ...
+
     def submit(self, tiles: Tiles, stored: Lengths) -> Callable[[], Answers]:
         """Begins with tiles (n, px, px, 3), which may be overwritten afterwards; the answers are waited for by
-        calling. Where `stored` (n,) is not 0, a tile's first so many bytes are a JPEG stream in place of pixels.
-        What either raises is the error of the slides whose tiles they are."""
+        calling. Where `stored` (n,) is not 0, a tile's first so many bytes are the task's other form in place of
+        pixels; of which of those are damaged TilesUnreadable tells. What else either raises is the error of the
+        slides whose tiles they are."""
         ...
 
 
@@ -152,8 +157,10 @@ class Task(ABC):
     tile: TileSize
     batch: int
     """Tiles that a worker gets at once, at most."""
-    stored: bool
-    """Whether native JPEG tiles that are wanted as they are come as they are stored."""
+    form: Form
+    """What tiles may come as, where the fast reader reads them."""
+    decoder: str
+    """What decodes those that come as parts; on record with the reader."""
     state: Literal["INFERRED", "TILED"]
     """Of a slide that went well."""
     timing: str
@@ -193,6 +200,7 @@ class _Work(SlideWork):
     unread: int = 0
     unsettled: int = 0
     again: int = 0
+    in_parts: bool = False
     bytes_read: int = 0
     done: int = 0
     reading_from: float = 0.0
@@ -203,7 +211,7 @@ class _Work(SlideWork):
 @dataclass
 class _Segment:
     """The tiles of one slide within a batch: from row `first` on, which of the slide's they are, which of them
-    could be read, and which lie there as they are stored. No `indices`: nothing came."""
+    could be read, and how many bytes those take that lie there in another form. No `indices`: nothing came."""
 
     batch: _Batch
     work: _Work
@@ -236,12 +244,14 @@ class _Batch:
 
 @dataclass
 class _Flying:
-    """A batch on a device: its parts that the worker sees, what answers for them, and the seconds so far."""
+    """A batch on a device: its parts that the worker sees, what answers for them, and the seconds so far, those of
+    decoding apart."""
 
     batch: _Batch
     live: list[_Segment]
     answer: Callable[[], Answers] | None
     seconds: float
+    decoding: float
 
 
 class Pipeline:
@@ -475,7 +485,7 @@ class Pipeline:
             work.unsettled += 1  # the stream itself, so that the slide is not finished before
             lane, survey = work.lane, work.surveyed
             room = self._batch - (open_batch.count if open_batch else 0)
-            lane.stream(survey.geometry, survey.positions, self._batch, room, self._task.stored)
+            lane.stream(survey.geometry, survey.positions, self._batch, room, self._task.form)
             streams.append(self._thread("stream", self._hear, work, lane))
             open_batch = self._grant(work, lane, open_batch)
         self._seal(open_batch)
@@ -537,6 +547,7 @@ class Pipeline:
                     segment = work.granted.pop(reply.offset)
                 segment.indices, segment.readable, segment.stored = reply.indices, reply.readable, reply.stored
                 work.readable[reply.indices] = reply.readable
+                work.in_parts |= self._task.form == "parts" and bool(reply.stored.any())
                 missing[reply.indices] = ~reply.readable
                 again[reply.indices] = reply.again
                 self._arrived(segment)
@@ -683,7 +694,7 @@ class Pipeline:
             self._land(worker, last)
 
     def _submit(self, worker: Worker, batch: _Batch) -> _Flying:
-        began = _clock(worker)
+        began, decoding = _clock(worker), worker.decoding
         live = [part for part in batch.segments if part.work.error is None and part.readable.any()]
         answer: Callable[[], Answers] | None = None
         if live:
@@ -692,12 +703,15 @@ class Pipeline:
             tiles = self._arena.tiles(batch.slot, batch.count, self._px)
             with suppress(Exception):  # whose slide it is, is found out when it lands
                 answer = worker.submit(tiles if len(rows) == batch.count else tiles[rows], stored)
-        return _Flying(batch, live, answer, _clock(worker) - began)
+        decoding = worker.decoding - decoding
+        return _Flying(batch, live, answer, _clock(worker) - began - decoding, decoding)
 
     def _land(self, worker: Worker, flying: _Flying) -> None:
         """Deals the answers back by slide."""
         began = _clock(worker)
         batch, live = flying.batch, flying.live
+        # Of a stream those that did not come readable are tried again.
+        counts = [int(part.readable.sum()) if part.streamed else part.count for part in batch.segments]
         try:
             answers = flying.answer() if flying.answer is not None else None
         except Exception:
@@ -712,10 +726,12 @@ class Pipeline:
                 start = end
         self._free.put(batch.slot)
         seconds = flying.seconds + _clock(worker) - began
-        for part in batch.segments:
-            count = int(part.readable.sum()) if part.streamed else part.count  # others of a stream are tried again
+        for part, count in zip(batch.segments, counts, strict=True):
+            share = part.count / batch.count
             with self._lock:
-                part.work.timings[self._task.timing] += seconds * part.count / batch.count
+                part.work.timings[self._task.timing] += seconds * share
+                if flying.decoding:
+                    part.work.timings["decode"] = part.work.timings.get("decode", 0.0) + flying.decoding * share
                 part.work.done += count
             self._progress(part.work)
             self._settle(part.work, count)
@@ -724,13 +740,23 @@ class Pipeline:
         """After an error each slide's tiles by themselves, so that it is the error of whose they are."""
         tiles = self._arena.tiles(batch.slot, batch.count, self._px)
         for part in live:
-            own = tiles[part.first : part.first + part.count][part.readable]
             try:
-                answers = worker.submit(own, part.stored[part.readable])()
+                answers = self._work_part(worker, part, tiles[part.first : part.first + part.count])
             except Exception as error:
                 self._fail(part.work, error)
             else:
                 self._deal(part, answers)
+
+    def _work_part(self, worker: Worker, part: _Segment, tiles: Tiles) -> Answers:
+        """A slide's readable tiles of a batch; without those that turn out to be damaged, which are marked so."""
+        try:
+            return worker.submit(tiles[part.readable], part.stored[part.readable])()
+        except TilesUnreadable as error:
+            assert part.indices is not None
+            damaged = np.flatnonzero(part.readable)[error.damaged]
+            part.readable[damaged] = False
+            part.work.readable[part.indices[damaged]] = False
+        return self._work_part(worker, part, tiles) if part.readable.any() else []
 
     def _deal(self, part: _Segment, answers: Answers) -> None:
         assert part.indices is not None
@@ -776,8 +802,9 @@ class Pipeline:
         started = time.monotonic()
         try:
             if work.error is None and work.survey is not None:
-                if work.again and work.readable[work.todo].any():
-                    work.survey = replace(work.survey, reader=f"{work.survey.reader}, openslide")
+                others = [self._task.decoder] if work.in_parts else []
+                others += ["openslide"] if work.again and work.readable[work.todo].any() else []
+                work.survey = replace(work.survey, reader=", ".join([work.survey.reader, *others]))
                 check_readable(work.readable)
                 self._task.write(work)
         except Stopped:
@@ -801,11 +828,12 @@ class Pipeline:
         """What the slide's time went to: shares of the seconds that each part needs by itself, all of the
         machine's processors or devices working on it. The parts overlap, so that the largest is what bounds."""
         timings = work.timings
+        workers = len(self._task.workers)
         seconds = {
             "network": timings.get("fetch", 0.0),
             "tissue": work.surveying / self._threads,
-            "decode": timings.get("read", 0.0) / self._threads,
-            self._task.part: timings.get(self._task.timing, 0.0) / len(self._task.workers),
+            "decode": timings.get("read", 0.0) / self._threads + timings.get("decode", 0.0) / workers,
+            self._task.part: timings.get(self._task.timing, 0.0) / workers,
             "write": timings.get("write", 0.0),
         }
         self._tally.add(seconds)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from slideway_inference.contracts import ShardSlide
 from slideway_inference.errors import InternalError, SlidewayError
-from slideway_inference.fast import NotFast
+from slideway_inference.fast import Form, NotFast
 from slideway_inference.grid import TileGeometry
 from slideway_inference.reader import SlideReader, open_slide
 from slideway_inference.remote import RemoteSlide, Usage
@@ -50,14 +50,13 @@ class ReadRequest:
 @dataclass(frozen=True)
 class StreamRequest:
     """Begins to read all of these tiles of the slide that was surveyed last, `first` of them into the first room
-    that is granted, `batch` into each that follows, less where a strip ends; native JPEG tiles as they are
-    `stored`, where that is asked for. See FastReader.read_batches."""
+    that is granted, `batch` into each that follows, less where a strip ends. See FastReader.read_batches."""
 
     geometry: TileGeometry
     positions: npt.NDArray[np.int32]
     batch: int
     first: int
-    stored: bool
+    form: Form
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ class SurveyReply:
 @dataclass(frozen=True)
 class Filled:
     """The grant at `offset` is filled: which tiles lie there, by their index, which of them could be read, which of
-    the others OpenSlide may be able to read, and how many bytes those have that lie there as JPEG streams (0:
-    pixels)."""
+    the others OpenSlide may be able to read, and how many bytes those have that lie there in another form than
+    pixels (0)."""
 
     offset: int
     indices: npt.NDArray[np.intp]
@@ -176,7 +175,7 @@ class _Worker:
         try:
             assert self._remote is not None
             batches = self._remote.reader.read_batches(
-                request.geometry, request.positions, request.batch, self._room, request.first, request.stored
+                request.geometry, request.positions, request.batch, self._room, request.first, request.form
             )
             for batch in batches:
                 readable, again = np.ones(len(batch.indices), np.bool_), np.zeros(len(batch.indices), np.bool_)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.errors import SlideUnreadable, Stopped, by_name
-from slideway_inference.fast import NotFast
+from slideway_inference.fast import Form, NotFast
 from slideway_inference.grid import TileGeometry
 from slideway_inference.reader_process import (
     ErrorReply,
@@ -106,10 +106,10 @@ class ReaderProcess:
         return reply
 
     def stream(
-        self, geometry: TileGeometry, positions: npt.NDArray[np.int32], batch: int, first: int, stored: bool
+        self, geometry: TileGeometry, positions: npt.NDArray[np.int32], batch: int, first: int, form: Form
     ) -> None:
         """Begins to read tiles of the slide that was opened last; see StreamRequest."""
-        self._tell(StreamRequest(geometry, positions, batch, first, stored))
+        self._tell(StreamRequest(geometry, positions, batch, first, form))
 
     def grant(self, offset: int, count: int) -> None:
         """Gives the stream room for `count` tiles in the arena. From any thread."""

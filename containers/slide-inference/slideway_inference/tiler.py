@@ -18,6 +18,7 @@ from slideway_inference.contracts import Place, Shard, ShardSlide, Tiling
 from slideway_inference.encode import CONTENT_TYPES as TILE_TYPES
 from slideway_inference.encode import encode
 from slideway_inference.errors import ShardInvalid, SlideQuarantined, TilesetMissing, by_name
+from slideway_inference.fast import Form
 from slideway_inference.job import Job, readers_for, work_slides
 from slideway_inference.packs import Packer
 from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles, processors, rounded
@@ -59,6 +60,7 @@ class Tiler(Task):
     state = "TILED"
     timing = "encode"
     part = "encode"
+    decoder = ""
 
     def __init__(self, store: Store, uploads: Uploads, job: Job, workers: int) -> None:
         try:
@@ -69,7 +71,7 @@ class Tiler(Task):
         if not same:
             raise ShardInvalid("The shards of one job ask for different tiles.")
         self.tile = tile
-        self.stored = tiling.format == "jpeg"
+        self.form: Form = "stored" if tiling.format == "jpeg" else "pixels"
         self.workers = [_Encoder(tiling) for _ in range(workers)]
         self._store = store
         self._uploads = uploads
@@ -214,6 +216,7 @@ class _Encoder:
 
     on_gpu = False
     in_flight = 1
+    decoding = 0.0
 
     def __init__(self, tiling: Tiling) -> None:
         self._format = tiling.format

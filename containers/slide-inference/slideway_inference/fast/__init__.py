@@ -29,7 +29,7 @@ from pathlib import Path
 from slideway_inference.fast.codecs import available
 from slideway_inference.fast.dicom import DicomDamaged, NotDicom, dicom_pyramid
 from slideway_inference.fast.pyramid import NotFast, PlanesNotSupported, tiff_pyramid
-from slideway_inference.fast.reader import Batch, FastReader, Unread
+from slideway_inference.fast.reader import Batch, FastReader, Form, Unread
 from slideway_inference.fast.source import ByteSource, FileSource, S3Source, SlideChanged
 from slideway_inference.fast.tiff import NotTiff, TiffDamaged
 
@@ -39,6 +39,7 @@ __all__ = [
     "DicomDamaged",
     "FastReader",
     "FileSource",
+    "Form",
     "NotFast",
     "PlanesNotSupported",
     "S3Source",

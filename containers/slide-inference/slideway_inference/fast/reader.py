@@ -7,18 +7,20 @@ where even that is too much, the grid is worked in vertical strips."""
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.fast.codecs import TileError
+from slideway_inference.fast.parts import Part, Parts, put_parts
 from slideway_inference.fast.pyramid import NativeLevel, Pyramid
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.fast.source import Data
@@ -28,6 +30,9 @@ from slideway_inference.resolution import mpp_of_file
 
 U8 = npt.NDArray[np.uint8]
 _T = TypeVar("_T")
+Form = Literal["pixels", "stored", "parts"]
+"""What tiles come as: always as pixels; as the slide stores them where they are exactly a native JPEG tile; or as
+the native tiles that they are cut from (parts.py) where those are JPEG and wanted at their full size."""
 
 _CHUNK, _CHUNK_NATIVES = 32, 128
 """Tiles that a thread works on at a time: so many, or fewer that need so many native ones."""
@@ -54,8 +59,8 @@ class Unread:
 class Batch:
     """Tiles that are ready: `tiles` (n, px, px, 3), a view of `buffer`, are those at `indices` (n,) of the
     positions asked for. `unread` maps those that could not be read, by their place in the batch, to the reason;
-    what `tiles` holds for them means nothing. Where `stored` (n,) is not 0 a tile begins with so many bytes of a
-    JPEG stream instead of pixels."""
+    what `tiles` holds for them means nothing. Where `stored` (n,) is not 0 a tile begins with so many bytes of
+    another form instead of pixels."""
 
     indices: npt.NDArray[np.int64]
     tiles: U8
@@ -90,19 +95,19 @@ class FastReader(SlideReader):
         batch: int,
         buffers: queue.Queue[U8],
         first: int | None = None,
-        stored: bool = False,
+        form: Form = "pixels",
     ) -> Iterator[Batch]:
         """Reads the tiles at `positions` (n, 2; level-0 x, y, row by row), `batch` at a time, into arrays taken
         from `buffers`, each at least (batch, px, px, 3); put them back there when a batch is done with. Batches
         come in the order of the positions, unless the slide is so wide that it is worked in strips. Work goes on
         ahead while there are buffers. With `first`, the first batch has so many; each strip begins by filling up
-        the batch that the one before left. With `stored`, tiles that are exactly a native JPEG tile come as that,
-        not decoded. Closing the iterator ends it. Raises SlideFetchFailed, SlideChanged, Stopped."""
+        the batch that the one before left. Closing the iterator ends it. Raises SlideFetchFailed, SlideChanged,
+        Stopped."""
         plan = _Plan(self.native[geometry.level], self.levels[geometry.level], geometry, positions)
         retry = self._like_openslide or geometry.level == 0
         room = first or batch
         for strip in plan.strips(_HELD_BYTES):
-            yield from _Run(plan, strip, batch, buffers, self.threads, retry, room, stored).batches()
+            yield from _Run(plan, strip, batch, buffers, self.threads, retry, room, form).batches()
             room = (room - len(strip)) % batch or batch
 
     def strips(self, geometry: TileGeometry, positions: npt.NDArray[np.int32]) -> list[int]:
@@ -255,9 +260,10 @@ def _reduction(native: NativeLevel, scale_x: float, scale_y: float) -> int:
 
 
 class _Native:
-    """A native tile on its way from bytes to pixels. `pixels` stays None for what was not scanned."""
+    """A native tile on its way from bytes to pixels. `pixels` stays None for what was not scanned, and while `part`
+    is there, its bytes for those who decode them elsewhere."""
 
-    __slots__ = ("chunk", "data", "error", "index", "pixels", "place", "reduction", "uses")
+    __slots__ = ("chunk", "data", "error", "index", "part", "pixels", "place", "reduction", "uses")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -266,6 +272,7 @@ class _Native:
         self.uses = 0
         self.chunk: _Chunk | None = None
         self.data: Data | None = None
+        self.part: U8 | None = None
         self.pixels: U8 | None = None
         self.error: Unread | None = None
 
@@ -366,9 +373,13 @@ class _Run:
         threads: int,
         retry: bool,
         first: int | None = None,
-        stored: bool = False,
+        form: Form = "pixels",
     ) -> None:
-        self._stored = stored
+        self._stored = form == "stored"
+        # What is decoded at reduced size is less work for the processor than for a GPU that cannot.
+        self._parts = form == "parts" and plan.reduction == 1 and not plan.native.ragged
+        self._stream = secrets.randbits(63)
+        self._decoding = threading.Lock()
         self._plan = plan
         self._order = order
         self._batch = batch
@@ -504,7 +515,7 @@ class _Run:
                         tile.reduction = reduction
                         tile.chunk = chunk
                         tile.uses = int(uses[row, column])
-                        if tile.uses == 1 and plan.whole(index):
+                        if tile.uses == 1 and plan.whole(index) and not self._parts:
                             tile.place = place
                         chunk.own.append(tile)
                     needed.append(tile)
@@ -549,6 +560,11 @@ class _Run:
         if tile.data is None:
             return
         out: U8 | None = None
+        if self._parts:
+            stream = self._plan.native.codec.stored(tile.data, *self._plan.native.tile_size(tile.index))
+            if stream is not None:
+                tile.part = np.frombuffer(stream, np.uint8)
+                return
         if tile.place is not None:
             out = batch.tiles[tile.place]
             if self._stored and tile.reduction == 1 and (size := _keep(self._plan.native, tile, out)):
@@ -560,7 +576,35 @@ class _Run:
                 out = self._spare.pop()
         tile.pixels = _decode(self._plan.native, tile, tile.reduction, out)
 
+    def _keep_parts(self, index: int, place: int, needed: list[_Native], batch: Batch) -> bool:
+        """Puts a tile into its batch as its parts; where one of them has to be decoded here, or there is no room,
+        they are decoded, and it is to be cut as any other."""
+        plan = self._plan
+        if all(tile.part is not None or tile.pixels is None for tile in needed):
+            first, last, start, stop = plan.first[index], plan.last[index], plan.start[index], plan.stop[index]
+            left, top = first[0] * plan.native.tile_width, first[1] * plan.native.tile_height
+            whole = Parts(
+                stream=self._stream,
+                columns=last[0] - first[0] + 1,
+                width=plan.native.tile_width,
+                height=plan.native.tile_height,
+                box=(start[0] - left, start[1] - top, stop[0] - left, stop[1] - top),
+                copied=plan.copied[index],
+                parts=[Part(tile.index, tile.part) for tile in needed],
+            )
+            batch.stored[place] = put_parts(whole, batch.tiles[place])
+        if batch.stored[place]:
+            return True
+        for tile in needed:
+            with self._decoding:
+                if tile.part is not None and tile.pixels is None and tile.error is None:
+                    tile.pixels = _decode(plan.native, tile, 1)
+        return False
+
     def _finish(self, index: int, place: int, needed: list[_Native], batch: Batch, resample: AreaResampler) -> None:
+        kept = self._parts and any(tile.part is not None for tile in needed)
+        if kept and all(tile.error is None for tile in needed) and self._keep_parts(index, place, needed, batch):
+            return
         for tile in needed:
             if tile.error is not None:
                 batch.unread[place] = Unread(tile.error.reason, self._retry and tile.error.retry)

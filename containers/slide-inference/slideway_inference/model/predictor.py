@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from slideway_inference.errors import ModelError
+from slideway_inference.errors import ModelError, TilesUnreadable
+from slideway_inference.model.device_decoder import DeviceDecoder
 from slideway_inference.model.spec import ModelSpec
 
 Tiles = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int32]
 Values = npt.NDArray[np.float32]
 
 _CACHED_BYTES = 6 << 20
@@ -26,6 +28,8 @@ class Predictor(ABC):
 
     in_flight = 1
     """How many batches may be submitted before the first of their answers is asked for."""
+    decoder: DeviceDecoder | None = None
+    """For `submit_parts`."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.spec = spec
@@ -57,6 +61,16 @@ class Predictor(ABC):
         answer = _named(lambda: self._begin(tiles))
         return lambda: self._checked(_named(answer), len(tiles))
 
+    def submit_parts(self, tiles: Tiles, stored: Lengths) -> Callable[[], Values]:
+        """The same with tiles of which those with `stored` (n,) bytes come as their parts, for `decoder`. Raises
+        TilesUnreadable, too, before anything is begun."""
+        answer = _named(lambda: self._begin_parts(tiles, stored))
+        return lambda: self._checked(_named(answer), len(tiles))
+
+    def _begin_parts(self, tiles: Tiles, stored: Lengths) -> Callable[[], object]:
+        assert self.decoder is not None
+        return self._begin(self.decoder(tiles, stored).cpu().numpy())
+
     def _checked(self, answer: object, count: int) -> Values:
         expected = (count, len(self.spec.outputs))
         if not isinstance(answer, torch.Tensor | np.ndarray) or tuple(answer.shape) != expected:
@@ -77,7 +91,7 @@ def _named(step: Callable[[], Any]) -> Any:  # noqa: ANN401
     try:
         with torch.inference_mode():
             return step()
-    except ModelError:
+    except (ModelError, TilesUnreadable):
         raise
     except (Exception, SystemExit) as error:
         raise ModelError(f"The model raised: {first_line(error)}") from error

@@ -11,7 +11,7 @@ import torch
 
 from slideway_inference.errors import ModelPackageInvalid
 from slideway_inference.model.package import Package
-from slideway_inference.model.predictor import InPieces, Normaliser, Predictor, Tiles, first_line
+from slideway_inference.model.predictor import InPieces, Lengths, Normaliser, Predictor, Tiles, first_line
 
 _IN_FLIGHT = 2
 """Batches on a GPU at once: while one is computed the next is copied."""
@@ -45,6 +45,15 @@ class TorchScriptPredictor(Predictor):
         answer = self._in_pieces(tiles, self._model)
         return lambda: answer
 
+    def _begin_parts(self, tiles: Tiles, stored: Lengths) -> Callable[[], object]:
+        """On a GPU the tiles stay there."""
+        if not self.on_gpu or self.decoder is None:
+            return super()._begin_parts(tiles, stored)
+        with torch.cuda.stream(self._copying):
+            batch = self.decoder(tiles, stored)
+        batch.record_stream(self._computing)
+        return self._compute(batch, torch.cuda.Event())
+
     def _on_gpu(self, tiles: Tiles) -> Callable[[], object]:
         """Pageable memory to pinned by the processor, from there to the device beside the batch before."""
         stage = self._stage(tiles.shape)
@@ -52,16 +61,20 @@ class TorchScriptPredictor(Predictor):
         stage.pinned[:count].copy_(torch.from_numpy(tiles))
         with torch.cuda.stream(self._copying):
             stage.device[:count].copy_(stage.pinned[:count], non_blocking=True)
+        return self._compute(stage.device[:count], stage.done)
+
+    def _compute(self, batch: torch.Tensor, done: torch.cuda.Event) -> Callable[[], object]:
+        """The model on a batch that the copying stream brings; `done` when its answer is in the host's memory."""
         self._computing.wait_stream(self._copying)
         with torch.cuda.stream(self._computing), torch.autocast("cuda", torch.float16):
-            answer = self.on_device(stage.device[:count])
+            answer = self.on_device(batch)
             if isinstance(answer, torch.Tensor):
                 target = torch.empty(answer.shape, dtype=torch.float32, pin_memory=True)
                 answer = target.copy_(answer, non_blocking=True)
-            stage.done.record(self._computing)
+            done.record(self._computing)
 
         def wait() -> object:
-            stage.done.synchronize()
+            done.synchronize()
             return answer
 
         return wait
