@@ -127,8 +127,8 @@ def from_host(predictor: Predictor, batch: int, batches: int) -> float:
 
 
 def with_device(path: Path, grid: Grid, device: torch.device, threads: int) -> float | None:
-    """The grid's tiles as the reader hands them on as parts, decoded and cut on the device; the time is the device's
-    alone. None where nvImageCodec is not there."""
+    """The grid's tiles as the reader hands them on as parts, decoded and cut on the device; the time is the
+    device's alone. None where nvImageCodec is not there."""
     try:
         decoder = DeviceDecoder(device)
     except DecoderUnavailable:

@@ -91,6 +91,11 @@ class ModelFormatNotSupported(JobFailed):
     """The package holds a kind of model, or asks for a mode, that this entry point does not run."""
 
 
+class ModelHangs(JobFailed):
+    """The model has not answered for a batch within SLIDEWAY_MODEL_SECONDS; its thread cannot be ended, so the job
+    is."""
+
+
 class DecoderUnavailable(JobFailed):
     """Tiles are to be decoded on the device, and what does that is not installed: see SLIDEWAY_JPEG_DECODER."""
 

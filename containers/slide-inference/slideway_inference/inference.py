@@ -3,6 +3,7 @@ results in Silver."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -16,6 +17,8 @@ from slideway_inference.model.device_decoder import NAME
 from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles
 from slideway_inference.results import Written, completion, is_done, result_key, write_marker, write_slide
 from slideway_inference.store import Requests, Store
+
+_MODEL_SECONDS = 600.0
 
 
 class Inference(Task):
@@ -37,6 +40,7 @@ class Inference(Task):
         self._job_name = job_name
         many = f"{len(predictors)} × " if len(predictors) > 1 and predictors[0].on_gpu else ""
         self._device = many + predictors[0].device_name
+        self.worker_seconds = float(os.environ.get("SLIDEWAY_MODEL_SECONDS") or _MODEL_SECONDS)
 
     def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
         key = result_key(shard, slide, "complete.json")

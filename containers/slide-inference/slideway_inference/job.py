@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slideway_inference.contracts import Shard, parse_shard
-from slideway_inference.errors import JobFailed, ShardInvalid, Stopped
+from slideway_inference.errors import JobFailed, ModelHangs, ShardInvalid, Stopped
 from slideway_inference.log import Log
 from slideway_inference.pipeline import Pipeline, Tally, Task, processors, shares
 from slideway_inference.store import Store
@@ -52,6 +52,7 @@ def run(work: Callable[[Job], None]) -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
     started = time.monotonic()
     tally = Tally()
+    hangs = False
     try:
         shards = shards_of_host(root)
         if shards:
@@ -66,6 +67,7 @@ def run(work: Callable[[Job], None]) -> int:
         code, message = _STOPPED, f"Stopped before the end. {_counts(tally)}"
     except JobFailed as error:
         code, message = 1, f"{error.name}: {error}"
+        hangs = isinstance(error, ModelHangs)
     except Exception as error:
         code, message = 1, f"InternalError: {type(error).__name__}: {error}"
     _write_message(root, message)
@@ -78,6 +80,9 @@ def run(work: Callable[[Job], None]) -> int:
         slides=dict(sorted(tally.states.items())),
         bound=shares(tally.busy),
     )
+    if hangs:  # not by way of the interpreter's end, which would wait for the model's thread
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from slideway_inference.contracts import Shard, ShardSlide, TileSize
 from slideway_inference.errors import (
     InternalError,
+    ModelHangs,
     SlideFailed,
     SlideQuarantined,
     SlideUnopenable,
@@ -167,6 +168,8 @@ class Task(ABC):
     part: str
     """What the workers do, among a slide's timings and in `bound`."""
     workers: Sequence[Worker]
+    worker_seconds: float
+    """A worker that is silent for longer hangs."""
 
     @abstractmethod
     def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
@@ -297,10 +300,11 @@ class Pipeline:
         self._current: _Work | None = None
         self._left = 0
         self._fault: BaseException | None = None
+        self._busy_since: dict[int, float] = {}
         self._tally = tally
 
     def run(self, shards: Sequence[Shard]) -> None:
-        """Works through all slides. Raises Stopped when told to stop."""
+        """Works through all slides. Raises Stopped when told to stop, ModelHangs."""
         slides = [(shard, slide) for shard in shards for slide in shard.slides]
         self._left = len(slides)
         works = iter([_Work(*pair, self._scratch / f"slide-{number}") for number, pair in enumerate(slides)])
@@ -310,18 +314,20 @@ class Pipeline:
         read = [self._thread(f"read-{i}", self._read, reader) for i, reader in enumerate(self._readers)]
         work = [self._thread(f"work-{i}", self._work, worker) for i, worker in enumerate(self._task.workers)]
         write = self._thread("write", self._write_all)
-        _join(prepare)
-        with suppress(Stopped):
-            self._put(self._prepared, None)
-        _join([feed, *read])
-        self._again.put(None)
-        for _ in work:
-            self._filled.put(None)
-        _join([again, *work])
-        self._finished.put(None)
-        _join([write])
-        for process in (self._surveyor, *self._readers, *self._lanes):
-            process.close()
+        try:
+            self._join(prepare)
+            with suppress(Stopped):
+                self._put(self._prepared, None)
+            self._join([feed, *read])
+            self._again.put(None)
+            for _ in work:
+                self._filled.put(None)
+            self._join([again, *work])
+            self._finished.put(None)
+            self._join([write])
+        finally:
+            for process in (self._surveyor, *self._readers, *self._lanes):
+                process.close()
         self._arena.close()
         if self._fault is not None:
             raise self._fault
@@ -489,7 +495,7 @@ class Pipeline:
             streams.append(self._thread("stream", self._hear, work, lane))
             open_batch = self._grant(work, lane, open_batch)
         self._seal(open_batch)
-        _join(streams)
+        self._join(streams)
 
     def _grant(self, work: _Work, lane: ReaderProcess, batch: _Batch | None) -> _Batch | None:
         """Grants a stream room for all its tiles. The last batch, where it is not full, is the next slide's too."""
@@ -690,10 +696,13 @@ class Pipeline:
             flying.append(self._submit(worker, batch))
             while flying and (len(flying) >= worker.in_flight or self._filled.empty()):
                 self._land(worker, flying.popleft())
+            self._busy_since.pop(id(worker), None)
         for last in flying:
             self._land(worker, last)
+        self._busy_since.pop(id(worker), None)
 
     def _submit(self, worker: Worker, batch: _Batch) -> _Flying:
+        self._busy_since[id(worker)] = time.monotonic()
         began, decoding = _clock(worker), worker.decoding
         live = [part for part in batch.segments if part.work.error is None and part.readable.any()]
         answer: Callable[[], Answers] | None = None
@@ -708,6 +717,7 @@ class Pipeline:
 
     def _land(self, worker: Worker, flying: _Flying) -> None:
         """Deals the answers back by slide."""
+        self._busy_since[id(worker)] = time.monotonic()
         began = _clock(worker)
         batch, live = flying.batch, flying.live
         # Of a stream those that did not come readable are tried again.
@@ -749,6 +759,7 @@ class Pipeline:
 
     def _work_part(self, worker: Worker, part: _Segment, tiles: Tiles) -> Answers:
         """A slide's readable tiles of a batch; without those that turn out to be damaged, which are marked so."""
+        self._busy_since[id(worker)] = time.monotonic()
         try:
             return worker.submit(tiles[part.readable], part.stored[part.readable])()
         except TilesUnreadable as error:
@@ -856,6 +867,19 @@ class Pipeline:
 
     # --- common ------------------------------------------------------------------------------------------------
 
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        """Waits for them, in short waits, so that signals are handled; not for a worker that hangs."""
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(_POLL)
+                late = time.monotonic() - self._task.worker_seconds
+                if any(since < late for since in list(self._busy_since.values())):
+                    self._stop.set()
+                    raise ModelHangs(
+                        f"The model has not answered for a batch for {self._task.worker_seconds:g} s "
+                        "(SLIDEWAY_MODEL_SECONDS): try it with `slideway model check`, or raise the limit."
+                    )
+
     def _fail(self, work: _Work, error: Exception) -> None:
         with self._lock:
             work.fail(error)
@@ -878,12 +902,6 @@ class Pipeline:
                 return
             except queue.Full:
                 self._check_stop()
-
-
-def _join(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(_POLL)  # in short waits, so that signals are handled
 
 
 def tell_progress(log: Log, work: SlideWork, done: int, seconds: float) -> None:

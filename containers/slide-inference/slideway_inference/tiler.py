@@ -5,6 +5,7 @@ are there already are used again."""
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -61,6 +62,7 @@ class Tiler(Task):
     timing = "encode"
     part = "encode"
     decoder = ""
+    worker_seconds = math.inf
 
     def __init__(self, store: Store, uploads: Uploads, job: Job, workers: int) -> None:
         try:

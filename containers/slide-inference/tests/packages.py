@@ -59,6 +59,16 @@ class Slow(torch.nn.Module):
         return tiles.mean((1, 2, 3)).unsqueeze(1) + work[0, 0] * 0
 
 
+class Hangs(torch.nn.Module):
+    """Never answers for a batch with a dark tile."""
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        work = torch.ones(200, 200)
+        while bool((tiles.mean((1, 2, 3)) < 0.25).any()):
+            work = torch.tanh(work @ work)
+        return tiles.mean((1, 2, 3)).unsqueeze(1) + work[0, 0] * 0
+
+
 class BatchAndLight(torch.nn.Module):
     """How many tiles came together, and how light each is; slow enough that reading is ahead."""
 

@@ -196,6 +196,22 @@ def test_a_model_that_fails_on_one_slide_fails_that_slide(job: Job, tmp_path: Pa
     assert job.run(shards=[job.slides[:1]]).code == 1
 
 
+def test_a_model_that_never_answers_ends_the_job_and_keeps_what_is_done(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIDEWAY_MODEL_SECONDS", "3")
+    job.use_model(packages.model_package(packages.Hangs()))
+    job.add("bright", small(tmp_path, "bright.tiff"))
+    assert job.run().code == 0
+    job.add("dark", slides.save(tmp_path / "dark.tiff", np.full((600, 600, 3), (70, 30, 90), np.uint8), 0.5))
+    ended = job.run()
+    assert ended.code == 1
+    assert ended.message.startswith("ModelHangs: The model has not answered for a batch for 3 s")
+    assert ended.named("job-ended")[0]["exitCode"] == 1
+    assert job.marker("bright")["state"] == "INFERRED"
+    assert not any("/dark/" in key for _, key in job.s3.objects)
+
+
 def test_classes_are_probabilities_and_two_hosts_share_the_shards(job: Job, tmp_path: Path) -> None:
     job.use_model(packages.model_package(packages.TwoClasses(), task="classification", outputs=["light", "dark"]))
     for name in ("a", "b", "c"):

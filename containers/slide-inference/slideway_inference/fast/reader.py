@@ -45,6 +45,8 @@ _HELD_BYTES = 640 << 20
 _OVERVIEW_PIXELS = 2 << 20
 """Most pixels held at once while an overview is made."""
 _POLL = 0.1
+_ENLARGED = 1.02
+"""By how much a tile may be enlarged so that it can be decoded at reduced size: 0.253 µm per pixel for 0.5."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +248,9 @@ class _Plan:
 
 
 def _reduction(native: NativeLevel, scale_x: float, scale_y: float) -> int:
-    """The largest divisor not above the scale at which native tiles can be decoded."""
-    most = min(scale_x, scale_y) * (1 + 1e-6)
+    """The largest divisor not above the scale at which native tiles can be decoded; scanners' pixels are seldom a
+    round half of the wanted ones, so it may be above by a little, which is then enlarged again."""
+    most = min(scale_x, scale_y) * _ENLARGED
     return max(
         r
         for r in native.codec.reductions
