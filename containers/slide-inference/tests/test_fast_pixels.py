@@ -165,15 +165,36 @@ def test_missing_tiles_are_white_and_unscanned(tmp_path: Path) -> None:
         assert np.array_equal(region.rgb, expected)
         assert region.scanned is not None
         assert np.array_equal(region.scanned, alpha == 255)
-        geometry, positions = grid(reader, 160, 0.5)
-        tiles = np.empty((len(positions), 160, 160, 3), np.uint8)
-        assert reader.read_tiles(geometry, positions, tiles).all()
-        for tile, (x, y) in zip(tiles, positions, strict=True):
-            assert np.array_equal(tile, expected[y : y + 160, x : x + 160])
         view = reader.overview(36, 24)
         assert not view.scanned[:12, 12:24].any()
         assert view.scanned[:12, :12].all()
         assert (view.rgb[:12, 12:24] == 255).all()
+
+
+@pytest.mark.parametrize(("px", "mpp"), [(240, 0.5), (160, 0.5), (80, 1.0), (70, 1.3)])
+@pytest.mark.parametrize("suffix", [".svs", ".tif"])
+def test_a_tile_of_which_more_than_half_was_not_scanned_is_unreadable_in_every_reader(
+    tmp_path: Path, px: int, mpp: float, suffix: str
+) -> None:
+    description = "Aperio x|MPP = 0.5" if suffix == ".svs" else None
+    path = save_jpeg(tmp_path / f"s{suffix}", picture(720, 480), missing={1, 3}, description=description)
+    expected, alpha = reference(path)
+    with fast(path) as reader, open_slide(path) as other:
+        geometry, positions = grid(reader, px, mpp)
+        tiles, others = (np.empty((len(positions), px, px, 3), np.uint8) for _ in range(2))
+        side = round(px * mpp / 0.5)
+        parts = [np.s_[y : y + side, x : x + side] for x, y in positions]
+        wanted = [(alpha[part] == 255).mean() >= 0.5 for part in parts]
+        assert set(wanted) == {True, False}
+        assert reader.read_tiles(geometry, positions, tiles).tolist() == wanted
+        assert other.read_tiles(geometry, positions, others).tolist() == wanted
+        if mpp == 0.5:
+            for tile, part, readable in zip(tiles, parts, wanted, strict=True):
+                assert not readable or np.array_equal(tile, expected[part])
+        buffers: queue.Queue[U8] = queue.Queue()
+        buffers.put(np.empty((len(positions), px, px, 3), np.uint8))
+        (batch,) = reader.read_batches(geometry, positions, len(positions), buffers)
+        assert {(unread.reason, unread.retry) for unread in batch.unread.values()} == {("not scanned", False)}
 
 
 def test_tiles_that_aperio_made_from_missing_ones_are_left_to_openslide(tmp_path: Path) -> None:

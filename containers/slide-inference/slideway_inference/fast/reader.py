@@ -23,7 +23,15 @@ from slideway_inference.fast.pyramid import NativeLevel, Pyramid
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.fast.source import Data
 from slideway_inference.grid import Level, TileGeometry
-from slideway_inference.reader import Bool, Overview, Region, RegionUnreadable, SlideReader, levels_of
+from slideway_inference.reader import (
+    NOT_SCANNED,
+    Bool,
+    Overview,
+    Region,
+    RegionUnreadable,
+    SlideReader,
+    levels_of,
+)
 from slideway_inference.resolution import mpp_of_file
 
 U8 = npt.NDArray[np.uint8]
@@ -48,6 +56,10 @@ class Unread:
 
     reason: str
     retry: bool
+
+
+_NOT_SCANNED = Unread(NOT_SCANNED, retry=False)
+"""More than half of the tile is not in the file: lost, or never scanned. White, it would pass for glass."""
 
 
 @dataclass
@@ -568,7 +580,7 @@ class _Run:
         out = batch.tiles[place]
         if needed[0].place is not None:
             if needed[0].pixels is None:
-                out[:] = 255
+                batch.unread[place] = _NOT_SCANNED
             return
         plan = self._plan
         (x0, y0), (x1, y1) = plan.low[index], plan.high[index]
@@ -584,6 +596,7 @@ class _Run:
             wide, high = wide // needed[0].reduction, high // needed[0].reduction
         columns = plan.last[index][0] - plan.first[index][0] + 1
         left, top = plan.first[index][0] * wide, plan.first[index][1] * high
+        blank = 0
         for number, tile in enumerate(needed):
             row, column = divmod(number, columns)
             x, y = left + column * wide, top + row * high
@@ -593,10 +606,14 @@ class _Run:
                 break
             xa, ya = max(x0, x), max(y0, y)
             xb, yb = min(x1, x + wide), min(y1, y + high)
-            region[ya - y0 : yb - y0, xa - x0 : xb - x0] = (
-                255 if tile.pixels is None else tile.pixels[ya - y : yb - y, xa - x : xb - x]
-            )
-        if not copied:
+            if tile.pixels is None:
+                region[ya - y0 : yb - y0, xa - x0 : xb - x0] = 255
+                blank += (yb - ya) * (xb - xa)
+            else:
+                region[ya - y0 : yb - y0, xa - x0 : xb - x0] = tile.pixels[ya - y : yb - y, xa - x : xb - x]
+        if 2 * blank > (y1 - y0) * (x1 - x0):
+            batch.unread[place] = _NOT_SCANNED
+        elif not copied:
             assert region is not None
             (left_at, top_at), (right_at, bottom_at) = plan.start[index], plan.stop[index]
             resample(region, (left_at - x0, top_at - y0, right_at - x0, bottom_at - y0), out)
