@@ -10,7 +10,8 @@ import openslide
 import pytest
 import tifffile
 from conftest import REAL_SLIDES, needs_real_slides
-from fast_slides import fast, grid, picture, save_jpeg
+from fast_slides import fast, grid, imagecodecs, picture, save_jpeg, tiles_of
+from PIL import Image
 
 from slideway_inference.fast import FastReader, NotFast, PlanesNotSupported, open_fast, sources_of
 from slideway_inference.fast.resample import AreaResampler
@@ -142,6 +143,57 @@ def test_other_compressions(tmp_path: Path, compression: str | None, predictor: 
     )
     with fast(path) as reader:
         assert np.array_equal(whole(reader), image)
+
+
+@pytest.mark.parametrize("compression", [33003, 33004, 33005, 34712])
+@pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("ome", [False, True])
+def test_outside_aperio_jpeg_2000_has_the_colours_of_its_photometric_tag_and_stream(
+    tmp_path: Path, compression: int, photometric: str, turned: bool, ome: bool
+) -> None:
+    """raw2ometiff writes RGB under the number that means YCbCr in Aperio's files."""
+    image = picture(256, 128)
+    stored = image if photometric == "rgb" or turned else np.asarray(Image.fromarray(image).convert("YCbCr"))
+    tiles = [
+        imagecodecs.jpeg2k_encode(tile, 0, codecformat="j2k", reversible=True, mct=turned)
+        for tile in tiles_of(stored, (128, 128))
+    ]
+    path = tmp_path / ("s.ome.tif" if ome else "s.tif")
+    tifffile.imwrite(
+        path,
+        iter(tiles),
+        shape=image.shape,
+        dtype=np.uint8,
+        tile=(128, 128),
+        compression=compression,
+        photometric=photometric,
+        metadata=None,
+        description=OME.format(z=1, c=3, channels=ONE_CHANNEL) if ome else None,
+    )
+    with fast(path) as reader:
+        assert difference(whole(reader), image) <= (0 if stored is image else 4)
+
+
+@pytest.mark.parametrize("compression", [33003, 33005])
+def test_aperios_jpeg_2000_has_the_colours_of_its_number(tmp_path: Path, compression: int) -> None:
+    path, image = tmp_path / "s.svs", picture(256, 128)
+    tiles = [
+        imagecodecs.jpeg2k_encode(tile, 0, codecformat="j2k", reversible=True, mct=False)
+        for tile in tiles_of(image, (128, 128))
+    ]
+    tifffile.imwrite(
+        path,
+        iter(tiles),
+        shape=image.shape,
+        dtype=np.uint8,
+        tile=(128, 128),
+        compression=compression,
+        photometric="rgb",
+        metadata=None,
+        description="Aperio x|MPP = 0.5",
+    )
+    same(path, tolerance=1)
 
 
 def test_strips(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class _NeverStored:
 
 
 class Jpeg2000(_NeverStored):
-    """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, and the stream does not turn them.
+    """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, unless the stream turns them itself.
 
     Not at reduced size: what its wavelet leaves at half size is no mean over pixels (4.5 grey levels beside it on
     average, 73 at most, on a real slide, where JPEG's is 0.4), and takes four fifths of the time of the whole."""
@@ -181,7 +181,7 @@ class Jpeg2000(_NeverStored):
             raise TileError(str(error) or "the JPEG 2000 decoder failed", retry=True) from error
         if decoded.shape != (height, width, 3) or decoded.dtype != np.uint8:
             raise TileError("the JPEG 2000 decoded to another size than its tile", retry=True)
-        if self._ycbcr:
+        if self._ycbcr and not turned(data):
             _rgb_of_ycbcr(decoded, out)
         else:
             out[:] = decoded
@@ -236,6 +236,17 @@ class Raw(_NeverStored):
 def available() -> bool:
     """Whether the decoders are installed."""
     return simplejpeg is not None
+
+
+def turned(data: Data) -> bool:
+    """Whether a JPEG 2000 codestream turns its components to RGB by itself (multiple component transform in COD,
+    ISO/IEC 15444-1, A.6.1). Raises TileError."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] != 0x90:
+        if data[at + 1] == 0x52:
+            return data[at + 8] == 1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise TileError("its JPEG 2000 header is damaged", retry=False)
 
 
 def _without(stream: bytes, dropped: set[int]) -> bytes:

@@ -34,6 +34,12 @@ _STRIPS, _SAMPLES, _ROWS, _STRIP_SIZES, _PLANAR, _SOFTWARE = 273, 277, 278, 279,
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES, _SUBIFDS = 317, 322, 323, 324, 325, 330
 _TABLES, _DEPTH, _SUBFILE, _XMP = 347, 32997, 254, 700
 _NDPI = 65420
+_JPEG2000 = {33003, 33004, 33005, 34712}
+"""Aperio's two, Bio-Formats' lossy and lossless, and the registered one."""
+
+
+_Means = Literal["aperio", "tag", "stream"]
+"""What tells whether components are YCbCr: Aperio's numbers of compressions, the photometric tag, or the stream."""
 
 
 class NotFast(Exception):
@@ -150,7 +156,7 @@ def _properties(first: Directory, description: str) -> dict[str, str]:
 def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
     """Tiled directories are levels, in their order. Where level 0 lacks a tile, OpenSlide mistrusts the tiles made
     from it and draws them from the finer level: those are left to it."""
-    levels = [_level(d, source, "tag") for d in tiff.directories if _TILE_WIDTH in d]
+    levels = [_level(d, source, "aperio") for d in tiff.directories if _TILE_WIDTH in d]
     for fine, coarse in pairwise(levels):
         coarse.sizes[coarse.sizes == 0] = -1
         missing = np.flatnonzero(fine.sizes <= 0)
@@ -274,7 +280,7 @@ def _spacing(text: str | None) -> tuple[float, float]:
 # --- one directory -----------------------------------------------------------------------------------------------
 
 
-def _level(directory: Directory, source: ByteSource, colour: Literal["tag", "stream"]) -> NativeLevel:
+def _level(directory: Directory, source: ByteSource, colour: _Means) -> NativeLevel:
     """Raises NotFast for what others must read, TiffDamaged for what cannot be."""
     width, height = directory.integer(_WIDTH), directory.integer(_HEIGHT)
     if not (0 < width <= _SIDE and 0 < height <= _SIDE):
@@ -325,18 +331,18 @@ def _check_pixels(directory: Directory) -> None:
         raise NotFast("a picture that is stored turned")
 
 
-def _codec(directory: Directory, colour: Literal["tag", "stream"]) -> Codec:
+def _codec(directory: Directory, colour: _Means) -> Codec:
     compression, ycbcr = directory.integer(_COMPRESSION, 1), directory.integer(_PHOTOMETRIC) == 6
     if compression == 7:
-        meant: Colour = "ycbcr" if ycbcr else "rgb" if colour == "tag" else "stream"
+        meant: Colour = "ycbcr" if ycbcr else "stream" if colour == "stream" else "rgb"
         try:
             if directory.count(_TABLES) > _TABLE_BYTES:
                 raise TiffDamaged("Its JPEG tables are absurdly long.")
             return Jpeg(meant, directory.data(_TABLES))
         except ValueError as error:
             raise TiffDamaged(f"Its {error}.") from error
-    if compression in (33003, 33005):
-        return Jpeg2000(ycbcr=compression == 33003)
+    if compression in _JPEG2000:  # Aperio's photometric tag says RGB of either
+        return Jpeg2000(ycbcr=compression == 33003 if colour == "aperio" else ycbcr)
     if ycbcr:
         raise NotFast("YCbCr without JPEG")
     predictor = directory.integer(_PREDICTOR, 1)
