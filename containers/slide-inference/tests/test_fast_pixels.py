@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
+import slides
 import tifffile
 from conftest import REAL_SLIDES, needs_real_slides
 from fast_slides import fast, grid, imagecodecs, picture, save_jpeg, tiles_of
@@ -17,6 +19,7 @@ from slideway_inference.fast import FastReader, NotFast, PlanesNotSupported, ope
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.reader import open_slide
 from slideway_inference.resample import area_resample
+from slideway_inference.survey import SurveyRequest, survey
 
 U8 = np.typing.NDArray[np.uint8]
 
@@ -260,6 +263,36 @@ def test_tiles_that_aperio_made_from_missing_ones_are_left_to_openslide(tmp_path
         buffers.put(np.empty((4, 240, 240, 3), np.uint8))
         (batch,) = reader.read_batches(geometry, positions, 4, buffers)
         assert {place: unread.retry for place, unread in batch.unread.items()} == {0: True}
+
+
+@pytest.mark.parametrize("downsamples", [(4,), (4, 8), (2, 4, 16)])
+@pytest.mark.parametrize(
+    "unscanned", [lambda x, y: x >= 8, lambda x, y: x >= 7 or y == 3, lambda x, y: (x + y) % 2]
+)
+def test_what_aperio_did_not_scan_is_no_tissue_in_either_reader(
+    tmp_path: Path, downsamples: tuple[int, ...], unscanned: Callable[[int, int], bool]
+) -> None:
+    """Where OpenSlide draws from finer levels, so does the survey; where they have nothing, there is nothing."""
+    image = slides.tissue(slides.tissue(slides.glass(2048, 2048), 100, 200, 600, 900), 900, 1200, 1000, 700)
+    missing = {index for index in range(256) if unscanned(index % 16, index // 16)}
+    path = save_jpeg(
+        tmp_path / "s.svs",
+        image,
+        tile=(128, 128),
+        missing=missing,
+        downsamples=downsamples,
+        description="Aperio x|MPP = 0.5",
+    )
+    request = SurveyRequest(path, "x", None, None, 128, 0.5, 0, 0.02, 0.5)
+    with fast(path) as reader, open_slide(path) as other:
+        size = 2048 // 16
+        one, two = reader.overview(size, size), other.overview(size, size)
+        assert not one.unreadable.any()
+        assert (one.scanned != two.scanned).mean() < 0.03
+        assert np.abs(one.rgb.astype(int) - two.rgb).mean() < 4
+        ours, theirs = ({tuple(at) for at in survey(each, request).positions.tolist()} for each in (reader, other))
+        assert len(theirs) > 20
+        assert len(ours ^ theirs) <= len(theirs) * 0.05
 
 
 PHILIPS = """<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,6 +24,8 @@ _TILES = 8 << 20
 """Most tiles of a level; a slide of a million pixels squared has as many in tiles of 360."""
 _TILE_PIXELS = 4096 * 4096
 _SIDE = 4 << 20
+_SLIVER = 1 / 32
+"""Of a tile: what lies under another by less does so because levels are rounded to whole pixels."""
 _TABLE_BYTES = 16 << 10
 _XML_BYTES = 16 << 20
 _SUFFIXES = {".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".gtif"}
@@ -50,11 +52,20 @@ class PlanesNotSupported(SlideUnopenable):
     """The slide has several focal planes or channels, where a model wants one brightfield picture."""
 
 
+class Part(NamedTuple):
+    """Tiles of a level: columns left…right, rows top…bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
 @dataclass
 class NativeLevel:
     """A level as it is stored. Tile i lies at column i % columns, row i // columns, in `sources[source[i]]`, or in
-    the first where `source` is None. A size of 0 is a tile that was not scanned; -1 one that OpenSlide alone can
-    make."""
+    the first where `source` is None. A size of 0 is a tile that was not scanned; -1 one that is to be drawn from
+    the next finer level, as OpenSlide does."""
 
     width: int
     height: int
@@ -72,12 +83,45 @@ class NativeLevel:
         self.columns = -(-self.width // self.tile_width)
         self.rows = -(-self.height // self.tile_height)
 
+    def part(self, part: Part) -> NativeLevel:
+        """Some of its tiles as a level of their own."""
+        rows, columns = slice(part.top, part.bottom), slice(part.left, part.right)
+
+        def of(tiles: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return tiles.reshape(self.rows, self.columns)[rows, columns].ravel()
+
+        return replace(
+            self,
+            width=min(self.width, part.right * self.tile_width) - part.left * self.tile_width,
+            height=min(self.height, part.bottom * self.tile_height) - part.top * self.tile_height,
+            offsets=of(self.offsets),
+            sizes=of(self.sizes),
+            source=None if self.source is None else of(self.source),
+        )
+
+    def under(self, coarse: NativeLevel) -> tuple[Spans, Spans]:
+        """Which of its columns lie under each column of a coarser level, and which rows under each row."""
+        return (
+            _spans(self.columns, self.tile_width, self.width, coarse.columns, coarse.tile_width, coarse.width),
+            _spans(self.rows, self.tile_height, self.height, coarse.rows, coarse.tile_height, coarse.height),
+        )
+
     def tile_size(self, index: int) -> tuple[int, int]:
         """Width and height of a tile as stored."""
         if self.ragged:
             top = index // self.columns * self.tile_height
             return self.tile_width, min(self.tile_height, self.height - top)
         return self.tile_width, self.tile_height
+
+
+Spans = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""The first of each, and one past the last."""
+
+
+def _spans(tiles: int, tile: int, length: int, coarse_tiles: int, coarse_tile: int, coarse_length: int) -> Spans:
+    edges = np.arange(coarse_tiles + 1) * (coarse_tile * (length / coarse_length) / tile)
+    first = np.minimum((edges[:-1] + _SLIVER).astype(np.int64), tiles - 1)
+    return first, np.clip(np.ceil(edges[1:] - _SLIVER).astype(np.int64), first + 1, tiles)
 
 
 @dataclass
@@ -155,7 +199,7 @@ def _properties(first: Directory, description: str) -> dict[str, str]:
 
 def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
     """Tiled directories are levels, in their order. Where level 0 lacks a tile, OpenSlide mistrusts the tiles made
-    from it and draws them from the finer level: those are left to it."""
+    from it and draws them from the finer level; where that has none of them, there is nothing to draw."""
     levels = [_level(d, source, "aperio") for d in tiff.directories if _TILE_WIDTH in d]
     for fine, coarse in pairwise(levels):
         coarse.sizes[coarse.sizes == 0] = -1
@@ -166,6 +210,11 @@ def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
             column = np.minimum(missing % fine.columns // across, coarse.columns - 1)
             row = np.minimum(missing // fine.columns // down, coarse.rows - 1)
             coarse.sizes[row * coarse.columns + column] = -1
+            (left, right), (top, bottom) = fine.under(coarse)
+            sums = np.zeros((fine.rows + 1, fine.columns + 1), np.int64)
+            sums[1:, 1:] = (fine.sizes != 0).reshape(fine.rows, fine.columns).cumsum(axis=0).cumsum(axis=1)
+            held = sums[bottom][:, right] - sums[top][:, right] - sums[bottom][:, left] + sums[top][:, left]
+            coarse.sizes[(coarse.sizes < 0) & (held.ravel() == 0)] = 0
     properties = {"openslide.vendor": "aperio"}
     for part in description.split("|")[1:]:
         key, equals, value = part.partition("=")

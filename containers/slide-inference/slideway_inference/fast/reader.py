@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.fast.codecs import TileError
-from slideway_inference.fast.pyramid import NativeLevel, Pyramid
+from slideway_inference.fast.pyramid import NativeLevel, Part, Pyramid
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.fast.source import Data
 from slideway_inference.grid import Level, TileGeometry
@@ -165,9 +165,8 @@ class FastReader(SlideReader):
         reduced size where its codec can. Each pixel is the mean over its footprint, of which what was not
         scanned is white; a pixel is unreadable where half of it is."""
         fine = [i for i, level in enumerate(self.levels) if level.width >= width and level.height >= height]
-        native = self.native[max(fine, key=lambda i: self.levels[i].downsample_x) if fine else 0]
-        reduction = _reduction(native, native.width / width, native.height / height)
-        return _overview(native, reduction, width, height, self.threads)
+        index = max(fine, key=lambda i: self.levels[i].downsample_x) if fine else 0
+        return _overview(self.native[: index + 1], width, height, self.threads)
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -638,8 +637,14 @@ class _Run:
 # --- the overview ------------------------------------------------------------------------------------------------
 
 
-def _overview(native: NativeLevel, reduction: int, width: int, height: int, threads: int) -> Overview:
-    """Works through rows of native tiles, and each row some thousand pixels at a time."""
+def _overview(
+    levels: Sequence[NativeLevel], width: int, height: int, threads: int, part: Part | None = None
+) -> Overview:
+    """Of the last level or a part of it; those before it are there to draw from. Works through rows of native
+    tiles, and each row some thousand pixels at a time."""
+    native = levels[-1] if part is None else levels[-1].part(part)
+    reduction = _reduction(native, native.width / width, native.height / height)
+    draw = _drawing(levels, part, native.tile_width // reduction, native.tile_height // reduction)
     view = Overview(
         rgb=np.empty((height, width, 3), np.uint8),
         scanned=np.zeros((height, width), np.bool_),
@@ -657,11 +662,14 @@ def _overview(native: NativeLevel, reduction: int, width: int, height: int, thre
             if more > 0:
                 sums, marks = (np.pad(held, ((0, more), (0, 0), (0, 0))) for held in (sums, marks))
             for _, x0, x1 in _spans(native.columns, native.tile_width // reduction, across.length, group):
-                strip, marked = _strip(native, next(strips), reduction, pool)
+                strip, marked = _strip(native, next(strips), reduction, pool, draw)
                 left, columns = across.of(x0, x1)
                 at = slice(first - top, first - top + rows.count), slice(left, left + columns.count)
                 sums[at] += columns.over(rows.over(strip[: y1 - y0, : x1 - x0], 0), 1)
-                marks[at] += rows.over(np.ones((y1 - y0, 1, 1)), 0) * columns.over(marked[:, : x1 - x0], 1)
+                if len(marked) == 1:
+                    marks[at] += rows.over(np.ones((y1 - y0, 1, 1)), 0) * columns.over(marked[:, : x1 - x0], 1)
+                else:
+                    marks[at] += columns.over(rows.over(marked[: y1 - y0, : x1 - x0], 0), 1)
             done = height if row == native.rows - 1 else down.complete(y1)
             rest = done - top
             view.rgb[top:done] = np.minimum(sums[:rest] + 0.5, 255)
@@ -700,24 +708,70 @@ def _fetched(native: NativeLevel, group: int, fetcher: ThreadPoolExecutor) -> It
         yield from under_way[0]
 
 
-def _strip(native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor) -> tuple[U8, U8]:
+def _strip(
+    native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor, draw: _Draw | None
+) -> tuple[U8, U8]:
     """Tiles beside each other: their colours (height, width, 3), white where there are none; and of each column
-    whether it was scanned and whether it is unreadable (1, width, 2)."""
+    whether it was scanned and whether it is unreadable (1, width, 2), or where tiles were drawn, of each pixel
+    (height, width, 2)."""
     wide, high = native.tile_width // reduction, native.tile_height // reduction
+    drawn = draw is not None and any(native.sizes[tile.index] < 0 for tile in tiles)
     strip = np.full((high, wide * len(tiles), 3), 255, np.uint8)
-    marked = np.zeros((1, wide * len(tiles), 2), np.uint8)
+    marked = np.zeros((high if drawn else 1, wide * len(tiles), 2), np.uint8)
 
     def place(number: int) -> None:
-        pixels = _decode(native, tiles[number], reduction)
-        columns = slice(number * wide, (number + 1) * wide)
+        tile, columns = tiles[number], slice(number * wide, (number + 1) * wide)
+        if draw is not None and native.sizes[tile.index] < 0:
+            strip[:, columns], marked[:, columns, 0], marked[:, columns, 1] = draw(tile.index)
+            return
+        pixels = _decode(native, tile, reduction)
         if pixels is not None:
             strip[: pixels.shape[0], columns] = pixels
             marked[:, columns, 0] = 1
-        elif tiles[number].error is not None:
+        elif tile.error is not None:
             marked[:, columns, 1] = 1
 
     list(pool.map(place, range(len(tiles))))
     return strip, marked
+
+
+_Draw = Callable[[int], tuple[U8, Bool, Bool]]
+"""Draws a tile that the level does not have: colours, what was scanned, and what is unreadable."""
+
+
+def _drawing(levels: Sequence[NativeLevel], part: Part | None, width: int, height: int) -> _Draw | None:
+    """What draws tiles of a part of the last level, width × height, from the level before; None where that is no
+    finer, tile by tile, so that a damaged file does not have one tile decoded for each pixel."""
+    if len(levels) < 2:
+        return None
+    fine, coarse = levels[-2:]
+    scale_x, scale_y = fine.width / coarse.width, fine.height / coarse.height
+    if coarse.tile_width * scale_x < fine.tile_width or coarse.tile_height * scale_y < fine.tile_height:
+        return None
+    (left, right), (top, bottom) = fine.under(coarse)
+
+    def draw(index: int) -> tuple[U8, Bool, Bool]:
+        if part is not None:
+            row, column = divmod(index, part.right - part.left)
+            index = (part.top + row) * coarse.columns + part.left + column
+        row, column = divmod(index, coarse.columns)
+        under = Part(int(left[column]), int(top[row]), int(right[column]), int(bottom[row]))
+        x0, x1 = under.left * fine.tile_width, min(under.right * fine.tile_width, fine.width)
+        y0, y1 = under.top * fine.tile_height, min(under.bottom * fine.tile_height, fine.height)
+        across, xs = _seen(x0, x1, column * coarse.tile_width * scale_x, coarse.tile_width * scale_x, width)
+        down, ys = _seen(y0, y1, row * coarse.tile_height * scale_y, coarse.tile_height * scale_y, height)
+        view, at = _overview(levels[:-1], across, down, 1, under), np.ix_(ys, xs)
+        return view.rgb[at], view.scanned[at], view.unreadable[at]
+
+    return draw
+
+
+def _seen(low: int, high: int, start: float, length: float, cells: int) -> tuple[int, npt.NDArray[np.int64]]:
+    """Pixels low…high in how many cells of length / cells, and which of those lie where the `cells` from `start` on
+    do."""
+    count = max(1, min(round((high - low) * cells / length), high - low))
+    middles = start + (np.arange(cells) + 0.5) * length / cells
+    return count, np.clip((middles - low) / (high - low) * count, 0, count - 1).astype(np.int64)
 
 
 @dataclass(frozen=True)
