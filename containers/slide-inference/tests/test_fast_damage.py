@@ -17,6 +17,7 @@ import tracemalloc
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,14 +295,40 @@ def test_a_progressive_jpeg_of_endless_scans_is_not_decoded() -> None:
         decode(Jpeg("ycbcr"), bomb)
 
 
-def test_what_unpacks_to_more_than_its_tile_is_cut_off_there() -> None:
+def test_what_unpacks_to_more_than_its_tile_is_cut_off_there_and_unread() -> None:
     bomb = zlib.compress(bytes(1 << 27), 1)
     tracemalloc.start()
-    decode(Raw("deflate"), bomb)
+    with pytest.raises(TileError, match="more than its tile"):
+        decode(Raw("deflate"), bomb)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
     with pytest.raises(TileError, match="early"):
         decode(Raw("deflate"), zlib.compress(bytes(1000)))
+
+
+def pack(packing: Any, data: bytes) -> bytes:  # noqa: ANN401
+    packed: bytes = zlib.compress(data) if packing == "deflate" else getattr(imagecodecs, f"{packing}_encode")(data)
+    return packed
+
+
+@pytest.mark.parametrize("packing", ["deflate", "lzw", "zstd"])
+def test_a_packed_tile_that_is_cut_short_or_of_another_length_is_unread(packing: Any) -> None:  # noqa: ANN401
+    tile = picture(256, 256).tobytes()
+    stream = pack(packing, tile)
+    decode(Raw(packing), stream)
+    for damaged in (stream[: len(stream) // 2], stream[:-3], pack(packing, tile + b"\0"), pack(packing, tile[:-1])):
+        with pytest.raises(TileError):
+            decode(Raw(packing), damaged)
+
+
+def test_a_flipped_bit_in_a_deflate_tile_is_always_noticed() -> None:
+    tile = picture(256, 256)
+    stream, rng = zlib.compress(tile), random.Random(3)
+    for _ in range(60):
+        damaged = bytearray(stream)
+        damaged[rng.randrange(len(stream))] ^= 1 << rng.randrange(8)
+        with pytest.raises(TileError):
+            decode(Raw("deflate"), bytes(damaged))
 
 
 def test_a_jpeg_2000_that_declares_another_size_is_not_decoded() -> None:

@@ -200,7 +200,9 @@ class Jpeg2000(_NeverStored):
 
 
 class Raw(_NeverStored):
-    """Pixels, plain or packed by a general compressor, with or without TIFF's horizontal predictor."""
+    """Pixels, plain or packed by a general compressor, with or without TIFF's horizontal predictor. Deflate carries
+    a checksum; LZW does not, nor does zstd unless its writer asked for one: of damage there only what breaks the
+    code or changes the length shows."""
 
     reductions: tuple[int, ...] = (1,)
 
@@ -217,6 +219,8 @@ class Raw(_NeverStored):
             raise TileError(str(error) or "the decoder failed", retry=False) from error
         if len(pixels) < size:
             raise TileError("its pixels end early", retry=False)
+        if len(pixels) > size and self._packing != "none":
+            raise TileError("it unpacks to more than its tile", retry=False)
         tile = np.frombuffer(pixels, np.uint8, size).reshape(height, width, 3)
         if self._predictor:
             np.cumsum(tile, axis=1, dtype=np.uint8, out=out)
@@ -224,12 +228,18 @@ class Raw(_NeverStored):
             out[:] = tile
 
     def _unpack(self, data: Data, size: int) -> Data | bytearray:
+        """One byte more than the tile's, if there is one: a stream that is damaged often has another length, and
+        Deflate's checksum, which comes last, is looked at only where it is read to its end."""
         if self._packing == "none":
             return data
         if self._packing == "deflate":
-            return zlib.decompressobj().decompress(data, size)
+            stream = zlib.decompressobj()
+            pixels = stream.decompress(data, size + 1)
+            if len(pixels) == size and not stream.eof:
+                raise ValueError("its Deflate stream is cut short")
+            return pixels
         unpack = imagecodecs.lzw_decode if self._packing == "lzw" else imagecodecs.zstd_decode
-        made: bytes | bytearray = unpack(data, out=bytearray(size))
+        made: bytes | bytearray = unpack(data, out=bytearray(size + 1))
         return made
 
 
