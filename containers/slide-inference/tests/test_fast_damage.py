@@ -250,6 +250,28 @@ def test_a_tile_with_damaged_bytes_is_unread_wherever_the_decoder_complains() ->
             assert np.array_equal(batch.tiles[place], wanted)
 
 
+@pytest.mark.parametrize("zeros", [1, 2, 3, 60])
+def test_zeros_before_the_end_of_a_jpeg_are_no_damage(zeros: int) -> None:
+    for seed in range(40):
+        tile = picture(64, 64, seed)
+        stream = jpeg(tile, ycbcr=True)
+        out, expected = np.empty_like(tile), np.empty_like(tile)
+        Jpeg("ycbcr").decode(stream, 64, 64, 1, expected)
+        padded = stream[:-2] + bytes(zeros) + stream[-2:]
+        Jpeg("ycbcr").decode(padded, 64, 64, 1, out)
+        assert np.array_equal(out, expected)
+        kept = Jpeg("ycbcr").stored(padded, 64, 64)
+        assert kept is None or np.array_equal(simplejpeg.decode_jpeg(kept, "RGB", strict=True), expected)
+
+
+def test_a_jpeg_that_ends_early_in_zeros_is_damaged() -> None:
+    for seed in range(40):
+        stream = jpeg(picture(64, 64, seed), ycbcr=True)
+        for zeros in (2, 3):
+            with pytest.raises(TileError):
+                decode(Jpeg("ycbcr"), stream[:-62] + bytes(zeros) + stream[-2:], 64)
+
+
 def test_one_lost_native_tile_costs_only_the_tiles_that_it_lies_under(tmp_path: Path) -> None:
     path = save_jpeg(tmp_path / "s.tif", picture(960, 960))
     with tifffile.TiffFile(path) as tiff:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
@@ -71,11 +73,14 @@ class Jpeg:
     def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
         stream = self._stream(data, width, height)[0]
         try:
-            made = simplejpeg.decode_jpeg(
-                stream, "RGB", min_width=out.shape[1], min_height=out.shape[0], buffer=out, strict=True
-            )
+            made = _decoded(stream, out)
         except (ValueError, RuntimeError) as error:
-            raise TileError(str(error) or "the JPEG decoder failed", retry=False) from error
+            for less in _unpadded(stream):
+                with suppress(ValueError, RuntimeError):
+                    made = _decoded(less, out)
+                    break
+            else:
+                raise TileError(str(error) or "the JPEG decoder failed", retry=False) from error
         if made.shape != out.shape:
             raise TileError("the JPEG decoded to another size than its tile", retry=True)
 
@@ -96,6 +101,8 @@ class Jpeg:
         at = at[(marker != 0) & ((marker < 0xD0) | (marker > 0xD7))]  # neither a stuffed byte nor a restart
         end = begin + int(at[0]) if len(at) else 0
         if not end or stream[end + 1] != 0xD9 or stream[end + 2 :].strip(b"\0\xff"):
+            return None
+        if stream[end - 1] == 0 != stream[end - 2] - 0xFF:  # it may be padded, which a strict decoder refuses
             return None
         return stream[: end + 2]
 
@@ -246,6 +253,26 @@ class Raw(_NeverStored):
 def available() -> bool:
     """Whether the decoders are installed."""
     return simplejpeg is not None
+
+
+def _decoded(stream: bytes, out: U8) -> U8:
+    """Raises ValueError, RuntimeError where libjpeg-turbo complains of anything."""
+    made: U8 = simplejpeg.decode_jpeg(
+        stream, "RGB", min_width=out.shape[1], min_height=out.shape[0], buffer=out, strict=True
+    )
+    return made
+
+
+def _unpadded(stream: bytes) -> Iterator[bytes]:
+    """The stream without the zeros that some writers put before its end, of which libjpeg complains as it does of
+    damage: without all but one, which can be the last of the picture, then without all. A decoder that misses
+    what was taken off says so."""
+    end = stream.rfind(b"\xff\xd9")
+    if end > 0 and stream[end - 1] == 0:
+        kept = len(stream[:end].rstrip(b"\0"))
+        if kept + 1 < end:
+            yield stream[: kept + 1] + stream[end:]
+        yield stream[:kept] + stream[end:]
 
 
 def turned(data: Data) -> bool:
