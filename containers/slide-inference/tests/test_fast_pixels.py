@@ -12,7 +12,7 @@ import pytest
 import slides
 import tifffile
 from conftest import REAL_SLIDES, needs_real_slides
-from fast_slides import fast, grid, imagecodecs, picture, save_jpeg, tiles_of
+from fast_slides import fast, grid, imagecodecs, jpeg2000_halved, picture, save_jpeg, tiles_of
 from PIL import Image
 
 from slideway_inference.fast import FastReader, NotFast, PlanesNotSupported, open_fast, sources_of
@@ -197,6 +197,26 @@ def test_aperios_jpeg_2000_has_the_colours_of_its_number(tmp_path: Path, compres
         description="Aperio x|MPP = 0.5",
     )
     same(path, tolerance=1)
+
+
+@pytest.mark.parametrize("down", [1, 2])
+@pytest.mark.parametrize("side", [128, 144])
+def test_aperios_jpeg_2000_with_halved_chroma(tmp_path: Path, down: int, side: int) -> None:
+    path, image = tmp_path / "s.svs", picture(400, 300)
+    ycbcr = np.asarray(Image.fromarray(image).convert("YCbCr"))
+    tifffile.imwrite(
+        path,
+        (jpeg2000_halved(tile, down) for tile in tiles_of(ycbcr, (side, side))),
+        shape=image.shape,
+        dtype=np.uint8,
+        tile=(side, side),
+        compression=33003,
+        photometric="rgb",
+        metadata=None,
+        description="Aperio x|MPP = 0.5",
+    )
+    same(path, tolerance=1)
+    assert np.abs(reference(path)[0].astype(int) - image).mean() < 8
 
 
 def test_strips(tmp_path: Path) -> None:

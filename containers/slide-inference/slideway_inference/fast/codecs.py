@@ -170,6 +170,7 @@ class _NeverStored:
 
 class Jpeg2000(_NeverStored):
     """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, unless the stream turns them itself.
+    Chroma may then be of half size, as Aperio's is, and is repeated over the pixels, as OpenSlide does.
 
     Not at reduced size: what its wavelet leaves at half size is no mean over pixels (4.5 grey levels beside it on
     average, 73 at most, on a real slide, where JPEG's is 0.4), and takes four fifths of the time of the whole."""
@@ -181,29 +182,33 @@ class Jpeg2000(_NeverStored):
         self._ycbcr = ycbcr
 
     def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
-        self._check(data, width, height)
+        halved = self._check(data, width, height)
         try:
             decoded = imagecodecs.jpeg2k_decode(data, numthreads=1)
         except Exception as error:  # the codec's errors have no common class
             raise TileError(str(error) or "the JPEG 2000 decoder failed", retry=True) from error
         if decoded.shape != (height, width, 3) or decoded.dtype != np.uint8:
             raise TileError("the JPEG 2000 decoded to another size than its tile", retry=True)
-        if self._ycbcr and not turned(data):
+        if self._ycbcr and not halved and not turned(data):  # imagecodecs makes RGB of halved chroma
             _rgb_of_ycbcr(decoded, out)
         else:
             out[:] = decoded
 
-    def _check(self, data: Data, width: int, height: int) -> None:
+    def _check(self, data: Data, width: int, height: int) -> bool:
+        """Whether chroma is of half width, or half width and height."""
         if data[:4] != b"\xff\x4f\xff\x51" or len(data) < 51:
             raise TileError("it is no JPEG 2000 codestream", retry=data[4:8] == b"jP  ")
         right, bottom, left, top, wide, high = struct.unpack(">IIIIII", data[8:32])
         (components,) = struct.unpack(">H", data[40:42])
         if (right - left, bottom - top) != (width, height):
             raise TileError("its JPEG 2000 has another size than the tile", retry=False)
-        if components != 3 or data[42:51] != b"\x07\x01\x01" * 3:
+        whole, luma, chroma = data[42:51] == b"\x07\x01\x01" * 3, data[42:45], data[45:48]
+        halved = luma == b"\x07\x01\x01" and chroma in (b"\x07\x02\x01", b"\x07\x02\x02") and chroma == data[48:51]
+        if components != 3 or not (whole or (halved and self._ycbcr)):
             raise TileError("its JPEG 2000 is not 3 components of 8 bits at full size", retry=True)
         if not wide or not high or (-(-right // wide)) * (-(-bottom // high)) > 4096:
             raise TileError("its JPEG 2000 is cut into absurdly many tiles", retry=False)
+        return halved
 
 
 class Raw(_NeverStored):
