@@ -360,6 +360,53 @@ def test_an_ome_tiffs_subifds_are_its_pyramid(tmp_path: Path) -> None:
     assert np.array_equal(reference(path)[0], image)
 
 
+def save_series(path: Path, *images: tuple[str, U8, float]) -> Path:
+    """An OME-TIFF of images with their names and µm per pixel, each with a level of half the size."""
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for name, image, mpp in images:
+            metadata = {"Name": name, "PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+            options = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib"}
+            tiff.write(image, subifds=1, metadata=metadata, **options)
+            tiff.write(np.ascontiguousarray(image[::2, ::2]), subfiletype=1, metadata=None, **options)
+    return path
+
+
+def test_of_an_ome_tiffs_series_the_largest_is_the_slide(tmp_path: Path) -> None:
+    small, large, label = picture(128, 128), picture(512, 448), picture(640, 512)
+    path = save_series(
+        tmp_path / "s.ome.tif", ("Image0", small, 2.0), ("Image1", large, 0.5), ("label image", label, 9.0)
+    )
+    with fast(path) as reader:
+        assert reader.name == "fast (2 other series passed over)"
+        assert [(level.width, level.height) for level in reader.levels] == [(512, 448), (256, 224)]
+        assert reader.mpp == pytest.approx((0.5, 0.5))
+        assert np.array_equal(whole(reader), large)
+
+
+def test_a_largest_series_that_is_not_brightfield_is_not_replaced_by_a_smaller_one(tmp_path: Path) -> None:
+    path = tmp_path / "s.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        tiff.write(picture(128, 128), tile=(64, 64), photometric="rgb")
+        tiff.write(
+            np.zeros((4, 256, 256), np.uint8), tile=(64, 64), photometric="minisblack", metadata={"axes": "CYX"}
+        )
+    with pytest.raises(PlanesNotSupported, match="4 channels"):
+        fast(path)
+
+
+def test_a_plain_tiffs_subifds_are_its_pyramid_too(tmp_path: Path) -> None:
+    path, image = tmp_path / "s.tif", picture(600, 500)
+    with tifffile.TiffWriter(path) as tiff:
+        options = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib", "metadata": None}
+        tiff.write(image, subifds=3, **options)
+        for reduction in (2, 4):
+            tiff.write(image[::reduction, ::reduction], subfiletype=1, **options)
+        tiff.write(image[:64, :64], **options)
+    with fast(path) as reader:
+        assert [level.width for level in reader.levels] == [600, 300, 150]
+        assert np.array_equal(whole(reader, 2), image[::4, ::4])
+
+
 @pytest.mark.parametrize(
     ("z", "c", "channels", "told"),
     [(5, 3, ONE_CHANNEL, "5 focal planes"), (1, 4, '<Channel ID="Channel:0:0"/>' * 4, "4 channels")],

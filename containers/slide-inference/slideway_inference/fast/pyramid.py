@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
@@ -36,6 +36,7 @@ _STRIPS, _SAMPLES, _ROWS, _STRIP_SIZES, _PLANAR, _SOFTWARE = 273, 277, 278, 279,
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES, _SUBIFDS = 317, 322, 323, 324, 325, 330
 _TABLES, _DEPTH, _SUBFILE, _XMP = 347, 32997, 254, 700
 _NDPI = 65420
+_NO_LEVEL = re.compile("label|macro|overview|thumbnail", re.IGNORECASE)
 _JPEG2000 = {33003, 33004, 33005, 34712}
 """Aperio's two, Bio-Formats' lossy and lossless, and the registered one."""
 
@@ -151,7 +152,9 @@ def tiff_pyramid(source: ByteSource, name: str) -> Pyramid:
     elif software.startswith("Philips") and "<DataObject" in description:
         pyramid = _philips(tiff, source, description)
     elif "<OME" in description:
-        pyramid = _ome(tiff, source, description)
+        first, description, others = _series(tiff, description)
+        pyramid = _ome(tiff, source, first, description, alone=not others)
+        pyramid.note = f"{others} other series passed over" if others else ""
     else:
         pyramid = _generic(tiff, source)
     if tiff.order == ">" and not tiff.big:
@@ -228,19 +231,24 @@ def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
 
 
 def _generic(tiff: Tiff, source: ByteSource) -> Pyramid:
-    """The first directory, and every tiled one that calls itself a reduced image."""
+    """The first directory, and every tiled one that calls itself a reduced image: of its SubIFDs, which OpenSlide
+    does not know, where it has any."""
     first = tiff.directories[0]
     if _TILE_WIDTH not in first:
         levels = [_level(first, source, "stream")]
         return Pyramid("tiff", levels, {"openslide.vendor": "tiff"}, like_openslide=False)
+    children = [d for d in first.children() if _reduced(d)]
     levels = [_level(first, source, "tag")]
-    for directory in tiff.directories[1:]:
-        if _TILE_WIDTH in directory and directory.integer(_SUBFILE, 0) & 1:
-            if directory.integer(_SUBFILE, 0) & 4:
-                raise NotFast("a TIFF with transparency masks")
-            levels.append(_level(directory, source, "tag"))
+    for directory in children or filter(_reduced, tiff.directories[1:]):
+        if directory.integer(_SUBFILE, 0) & 4:
+            raise NotFast("a TIFF with transparency masks")
+        levels.append(_level(directory, source, "tag"))
     levels.sort(key=lambda level: -level.width)
-    return Pyramid("generic-tiff", levels, {"openslide.vendor": "generic-tiff"})
+    return Pyramid("generic-tiff", levels, {"openslide.vendor": "generic-tiff"}, like_openslide=not children)
+
+
+def _reduced(directory: Directory) -> bool:
+    return _TILE_WIDTH in directory and bool(directory.integer(_SUBFILE, 0) & 1)
 
 
 def _philips(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
@@ -279,8 +287,37 @@ def _philips(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
     return Pyramid("philips", levels, properties)
 
 
-def _ome(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
-    """The first directory with its SubIFDs. OpenSlide knows the first directory alone."""
+def _series(tiff: Tiff, description: str) -> tuple[Directory, str, int]:
+    """Of an OME-TIFF's images the largest that is called neither label nor macro: its first directory, the OME-XML
+    without the others, and how many those are. The first image where they cannot be told apart."""
+    root = _xml(description)
+    images = root.findall("./{*}Image")
+    if len(images) < 2:
+        return tiff.directories[0], description, 0
+    chosen, first, most = images[0], tiff.directories[0], 0
+    for image in images:
+        pixels, data = image.find("./{*}Pixels"), image.find("./{*}Pixels/{*}TiffData")
+        number = "0" if data is None else data.get("IFD") or "0"
+        if pixels is None or _NO_LEVEL.search(image.get("Name") or "") or not number.isdecimal():
+            continue
+        if int(number) >= len(tiff.directories):
+            continue
+        directory = tiff.directories[int(number)]
+        width, height = directory.integer(_WIDTH), directory.integer(_HEIGHT)
+        told = (pixels.get("SizeX"), pixels.get("SizeY")) == (str(width), str(height))
+        if told and width * height > most:
+            chosen, first, most = image, directory, width * height
+    for image in images:
+        if image is not chosen:
+            root.remove(image)
+    for element in root.iter():  # else they would be written with prefixes
+        element.tag = element.tag.rpartition("}")[2]
+    return first, ElementTree.tostring(root, "unicode"), len(images) - 1
+
+
+def _ome(tiff: Tiff, source: ByteSource, first: Directory, description: str, *, alone: bool) -> Pyramid:
+    """A directory with its SubIFDs, or the reduced ones after it: those that follow at once, unless it is `alone`.
+    OpenSlide knows the first directory alone."""
     pixels = _xml(description).find("./{*}Image/{*}Pixels")
     if pixels is not None:
         samples = [int(c.get("SamplesPerPixel") or 1) for c in pixels.findall("./{*}Channel") if _is_number(c)]
@@ -289,14 +326,11 @@ def _ome(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
                 raise PlanesNotSupported(f"It has {pixels.get(axis)} {what}: give one as a slide of its own.")
         if len(samples) > 1 or (samples == [1] and pixels.get("SizeC") not in (None, "1")):
             raise PlanesNotSupported(f"It has {pixels.get('SizeC')} channels: it is no brightfield slide.")
-    first = tiff.directories[0]
     levels = [_level(directory, source, "stream") for directory in (first, *first.children())]
     if _SUBIFDS not in first:
-        levels += [
-            _level(directory, source, "stream")
-            for directory in tiff.directories[1:]
-            if _TILE_WIDTH in directory and directory.integer(_SUBFILE, 0) & 1
-        ]
+        following = tiff.directories[tiff.directories.index(first) + 1 :]
+        reduced = filter(_reduced, following) if alone else takewhile(_reduced, following)
+        levels += [_level(directory, source, "stream") for directory in reduced]
     levels.sort(key=lambda level: -level.width)
     return Pyramid("ome-tiff", levels, {"openslide.vendor": "ome-tiff"}, like_openslide=False)
 
