@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -16,6 +17,7 @@ from fast_slides import fast, grid, imagecodecs, jpeg2000_halved, picture, save_
 from PIL import Image
 
 from slideway_inference.fast import FastReader, NotFast, PlanesNotSupported, open_fast, sources_of
+from slideway_inference.fast.reader import _Chunk, _Run
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.reader import open_slide
 from slideway_inference.resample import area_resample
@@ -534,6 +536,29 @@ def test_each_native_tile_is_read_and_decoded_once_though_the_grid_does_not_fall
         reader.read_tiles(geometry, positions, np.empty((len(positions), 100, 100, 3), np.uint8))
         assert len(decoded) == len(native.sizes)
         assert native.sources[0].bytes_read < native.sizes.sum() * 1.1 + (1 << 18)
+
+
+def test_what_threads_work_on_at_a_time_is_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slideway_inference.fast.reader._CHUNK_BYTES", 12 * 240 * 240 * 3)
+    path = save_jpeg(tmp_path / "s.tif", picture(1500, 1200))
+    expected = reference(path)[0]
+    natives, chunk = [], _Run._chunk
+
+    def noted(run: _Run, *rest: Any) -> _Chunk:  # noqa: ANN401
+        natives.append(len((made := chunk(run, *rest)).own))
+        return made
+
+    monkeypatch.setattr(_Run, "_chunk", noted)
+    with fast(path, threads=3) as reader:
+        geometry, positions = grid(reader, 100, 0.5)
+        tiles = np.empty((len(positions), 100, 100, 3), np.uint8)
+        assert reader.read_tiles(geometry, positions, tiles).all()
+    for tile, (x, y) in zip(tiles, positions, strict=True):
+        assert np.array_equal(tile, expected[y : y + 100, x : x + 100])
+    assert sum(natives) == 7 * 5
+    assert max(natives) <= 12 // 3 - 1 + 4  # a tile lies on four at most
 
 
 def test_a_run_can_be_left_early(tmp_path: Path) -> None:

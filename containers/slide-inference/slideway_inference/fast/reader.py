@@ -39,6 +39,8 @@ _T = TypeVar("_T")
 
 _CHUNK, _CHUNK_NATIVES = 32, 128
 """Tiles that a thread works on at a time: so many, or fewer that need so many native ones."""
+_CHUNK_BYTES = 256 << 20
+"""Decoded native tiles of what all threads work on, besides those that are held; and of spare ones."""
 _FIRST_WINDOW, _WINDOW = 2 << 20, 32 << 20
 """Compressed bytes fetched at once; the first window is small, so that decoding starts at once."""
 _WINDOWS = 2
@@ -396,7 +398,9 @@ class _Run:
         self._taking = threading.Lock()
         self._stop = threading.Event()
         self._fault: BaseException | None = None
-        self._spare: deque[U8] = deque(maxlen=4 * _CHUNK)
+        native = plan.native.tile_width * plan.native.tile_height * 3 // plan.reduction**2
+        self._chunk_natives = max(1, min(_CHUNK_NATIVES, _CHUNK_BYTES // (threads * native)))
+        self._spare: deque[U8] = deque(maxlen=max(1, min(4 * _CHUNK, _CHUNK_BYTES // native)))
 
     def batches(self) -> Iterator[Batch]:
         threads = [threading.Thread(target=self._guard, args=(self._feed,), name="fetch", daemon=True)]
@@ -499,7 +503,7 @@ class _Run:
         """The next chunk of a batch."""
         plan, chunk = self._plan, _Chunk(group, start)
         for place in range(start, min(start + _CHUNK, len(indices))):
-            if len(chunk.own) >= _CHUNK_NATIVES:
+            if len(chunk.own) >= self._chunk_natives:
                 break
             index = indices[place]
             reduction = plan.reductions[index]
