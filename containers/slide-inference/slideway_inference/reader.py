@@ -5,6 +5,7 @@ Only the pixels of the pyramid's levels are ever read: label and macro images ca
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _BLOCK_PIXELS = 12 << 20
 _CELL_PIXELS = 256 * 256
 _FAILURES = 200
 """Failed reads after which an overview no longer looks for what is readable around them."""
+NOT_SCANNED = "not scanned"
+"""Why a tile is unreadable of which more than half is not in the file."""
 
 
 class RegionUnreadable(Exception):
@@ -101,7 +104,9 @@ class SlideReader(ABC):
         if geometry.native:
             left_px = min(round(left), level.width - geometry.px)
             top_px = min(round(top), level.height - geometry.px)
-            return self.read_region(geometry.level, left_px, top_px, geometry.px, geometry.px).rgb
+            region = self.read_region(geometry.level, left_px, top_px, geometry.px, geometry.px)
+            _check_scanned(region, (0, 0, geometry.px, geometry.px))
+            return region.rgb
         width, height = geometry.footprint_x / level.downsample_x, geometry.footprint_y / level.downsample_y
         x0, y0 = int(left), int(top)
         x1 = min(int(np.ceil(left + width + 1e-6)), level.width)
@@ -109,6 +114,7 @@ class SlideReader(ABC):
         region = self.read_region(geometry.level, x0, y0, x1 - x0, y1 - y0)
         left, top = max(left - region.x, 0.0), max(top - region.y, 0.0)
         box = (left, top, min(left + width, x1 - x0), min(top + height, y1 - y0))
+        _check_scanned(region, box)
         return area_resample(region.rgb, box, geometry.px)
 
     def overview(self, width: int, height: int) -> Overview:
@@ -160,6 +166,18 @@ class SlideReader(ABC):
         else:
             scanned = Image.fromarray(region.scanned.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX, box)
             view.scanned[y0:y1, x0:x1] = np.asarray(scanned) >= 128
+
+
+def _check_scanned(region: Region, box: tuple[float, float, float, float]) -> None:
+    """Raises RegionUnreadable where more than half of the pixels that `box` (left, top, right, bottom) touches was
+    not scanned."""
+    if region.scanned is not None:
+        left, top, right, bottom = box
+        part = region.scanned[
+            int(top + 1e-6) : math.ceil(bottom - 1e-6), int(left + 1e-6) : math.ceil(right - 1e-6)
+        ]
+        if 2 * np.count_nonzero(part) < part.size:
+            raise RegionUnreadable(NOT_SCANNED)
 
 
 def _halves(x0: int, y0: int, x1: int, y1: int, tall: bool) -> list[tuple[int, int, int, int]]:

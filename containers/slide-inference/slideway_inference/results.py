@@ -37,6 +37,35 @@ def result_key(shard: Shard, slide: ShardSlide, name: str) -> str:
     return f"{shard.output_prefix}{slide.slide_id}/{shard.model.name}/{name}"
 
 
+def tile_columns(survey: Survey, readable: npt.NDArray[np.bool_]) -> dict[str, Column]:
+    """The columns that tiles.parquet and a tileset's index begin with; `readable` (n,) goes with the positions."""
+    count = len(survey.positions)
+    geometry = survey.geometry
+    return {
+        "minx": np.ascontiguousarray(survey.positions[:, 0]),
+        "miny": np.ascontiguousarray(survey.positions[:, 1]),
+        "width": np.full(count, round(geometry.footprint_x), np.int32),
+        "height": np.full(count, round(geometry.footprint_y), np.int32),
+        "mpp": np.full(count, geometry.mpp, np.float32),
+        "tissue_fraction": survey.fractions,
+        "status": ["ok" if ok else "unreadable" for ok in readable],
+    }
+
+
+def slide_facts(survey: Survey) -> dict[str, Any]:
+    """`slide` of complete.json and of tileset.json."""
+    return {
+        "width": survey.width,
+        "height": survey.height,
+        "mppX": survey.mpp[0],
+        "mppY": survey.mpp[1],
+        "mppSource": survey.mpp_source,
+        "levels": survey.levels,
+        "vendor": survey.vendor,
+        "reader": survey.reader,
+    }
+
+
 def tiles_parquet(
     shard: Shard,
     slide: ShardSlide,
@@ -48,17 +77,7 @@ def tiles_parquet(
 ) -> bytes:
     """`readable` (n,), `values` (n, outputs) and a head's `attention` (n,) go with the survey's positions; what is
     unreadable becomes NaN."""
-    count = len(survey.positions)
-    geometry = survey.geometry
-    columns: dict[str, Column] = {
-        "minx": np.ascontiguousarray(survey.positions[:, 0]),
-        "miny": np.ascontiguousarray(survey.positions[:, 1]),
-        "width": np.full(count, round(geometry.footprint_x), np.int32),
-        "height": np.full(count, round(geometry.footprint_y), np.int32),
-        "mpp": np.full(count, geometry.mpp, np.float32),
-        "tissue_fraction": survey.fractions,
-        "status": ["ok" if ok else "unreadable" for ok in readable],
-    }
+    columns = tile_columns(survey, readable)
     for index, column in enumerate(model.columns):
         columns[column] = np.where(readable, values[:, index], np.float32(np.nan))
     if attention is not None:
@@ -110,16 +129,7 @@ def completion(
     if tileset is not None:
         marker["tileset"] = dict(tileset)
     if survey is not None:
-        marker["slide"] = {
-            "width": survey.width,
-            "height": survey.height,
-            "mppX": survey.mpp[0],
-            "mppY": survey.mpp[1],
-            "mppSource": survey.mpp_source,
-            "levels": survey.levels,
-            "vendor": survey.vendor,
-            "reader": survey.reader,
-        }
+        marker["slide"] = slide_facts(survey)
     if survey is not None and readable is not None and error is None:
         geometry = survey.geometry
         ok = int(readable.sum())

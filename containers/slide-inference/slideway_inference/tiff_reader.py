@@ -115,7 +115,10 @@ class TiffReader(SlideReader):
                 raise ValueError("the tile's JPEG has another size than its tile")
             return tile
         if self._compression != 1:
-            data = zlib.decompressobj().decompress(data, self._tile_width * self._tile_height * 3)
+            stream = zlib.decompressobj()
+            data = stream.decompress(data, self._tile_width * self._tile_height * 3 + 1)
+            if not stream.eof:  # the checksum comes last
+                raise ValueError("its Deflate stream is cut short, or longer than the tile")
         tile = np.frombuffer(data, np.uint8)[: rows * self._tile_width * 3].reshape(rows, self._tile_width, 3)
         return np.cumsum(tile, axis=1, dtype=np.uint8) if self._predictor == 2 else tile
 

@@ -20,6 +20,7 @@ from slideway_inference.errors import SlidewayError, TilesetMissing
 from slideway_inference.grid import TileGeometry
 from slideway_inference.packs import Packer
 from slideway_inference.parquet import Column, read_plain, write_plain
+from slideway_inference.results import slide_facts, tile_columns
 from slideway_inference.survey import Survey
 
 TILER = 1
@@ -134,16 +135,7 @@ def slide_document(survey: Survey) -> dict[str, Any]:
     """What tileset.json keeps of a survey; index.parquet has the rest."""
     geometry = survey.geometry
     return {
-        "slide": {
-            "width": survey.width,
-            "height": survey.height,
-            "mppX": survey.mpp[0],
-            "mppY": survey.mpp[1],
-            "mppSource": survey.mpp_source,
-            "levels": survey.levels,
-            "vendor": survey.vendor,
-            "reader": survey.reader,
-        },
+        "slide": slide_facts(survey),
         "tile": {
             "px": geometry.px,
             "mpp": geometry.mpp,
@@ -221,16 +213,7 @@ def index_parquet(
     survey: Survey, readable: npt.NDArray[np.bool_], packer: Packer, metadata: Mapping[str, str]
 ) -> bytes:
     """A row for each kept tile. Always by the plain writer, so that it has the same bytes wherever it is made."""
-    count = len(survey.positions)
-    geometry = survey.geometry
-    columns: dict[str, Column] = {
-        "minx": np.ascontiguousarray(survey.positions[:, 0]),
-        "miny": np.ascontiguousarray(survey.positions[:, 1]),
-        "width": np.full(count, round(geometry.footprint_x), np.int32),
-        "height": np.full(count, round(geometry.footprint_y), np.int32),
-        "mpp": np.full(count, geometry.mpp, np.float32),
-        "tissue_fraction": survey.fractions,
-        "status": ["ok" if ok else "unreadable" for ok in readable],
+    columns = tile_columns(survey, readable) | {
         "pack": packer.pack,
         "entry": packer.entry,
         "offset": packer.offset,

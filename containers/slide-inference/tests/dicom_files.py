@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +95,7 @@ def save_level(
         pixels = element(0x7FE00010, "OB", b"".join(frames))
     else:
         stored = [_fragments(frame, fragments) for frame in frames]
-        starts = [sum(map(len, stored[:index])) for index in range(len(stored))]
+        starts = [0, *accumulate(map(len, stored[:-1]))]
         basic = struct.pack(f"<{len(starts)}I", *starts) if table == "basic" else b""
         if table == "extended":
             data.append(element(0x7FE00001, "OV", struct.pack(f"<{len(starts)}Q", *starts)))

@@ -3,6 +3,7 @@ occurs, and what is asked of a reader on them."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,26 @@ def jpeg(tile: U8, *, ycbcr: bool, subsampling: str = "444", quality: int = 80) 
     kept, tables = split(stream, {0xE0, 0xEE})
     assert tables
     return kept
+
+
+def jpeg2000_halved(tile: U8, down: int = 1) -> bytes:
+    """YCbCr as Aperio stores it, its chroma of half width, and of half height where `down` is 2. No encoder here
+    makes such a stream, so it is put together of one for each component: in the order component by component
+    (CPRL) their packets follow one another. `tile` holds the three components; of less than 128 pixels the
+    encoder makes fewer resolutions, which would not fit together."""
+    planes = (tile[..., 0], tile[::down, ::2, 1], tile[::down, ::2, 2])
+    made = [
+        imagecodecs.jpeg2k_encode(np.ascontiguousarray(p), 0, codecformat="j2k", resolutions=4, reversible=True)
+        for p in planes
+    ]
+    luma = made[0]
+    siz = luma[4:40] + b"\x00\x03" + b"\x07\x01\x01" + 2 * bytes((7, 2, down))
+    siz = struct.pack(">H", len(siz)) + siz[2:]
+    at = luma.index(b"\xff\x52")
+    cod, qcd = luma[at : at + 14], luma[at + 14 : at + 29]
+    body = b"".join(stream[stream.index(b"\xff\x93") + 2 : -2] for stream in made)
+    sot = b"\xff\x90" + struct.pack(">HHIBB", 10, 0, len(body) + 14, 0, 1)
+    return b"\xff\x4f\xff\x51" + siz + cod[:5] + b"\x04" + cod[6:] + qcd + sot + b"\xff\x93" + body + b"\xff\xd9"
 
 
 def split(stream: bytes, apart: set[int]) -> tuple[bytes, bytes]:

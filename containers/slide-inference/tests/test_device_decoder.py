@@ -16,7 +16,7 @@ from conftest import REAL_SLIDES, Job, needs_real_slides
 from fast_slides import U8, fast, grid, picture, save_jpeg
 
 from slideway_inference.errors import TilesUnreadable
-from slideway_inference.fast.parts import Part, Parts, get_parts, put_parts
+from slideway_inference.fast.parts import NativePart, Parts, get_parts, put_parts
 
 pytest.importorskip("nvidia.nvimgcodec")
 
@@ -84,13 +84,9 @@ def test_a_real_slide_has_the_same_tiles() -> None:
 
 def test_what_is_decoded_at_reduced_size_or_was_not_scanned_is_left_to_the_reader(tmp_path: Path) -> None:
     assert differences(slide(tmp_path), 128, 1.0)[:2] == (0, 0)
-    largest, came, count = differences(slide(tmp_path, missing={0, 1, 7, 8}), 240, 0.5)
+    largest, came, count = differences(slide(tmp_path, missing={16}), 400, 0.5)
     assert largest == 0
     assert 0 < came < count
-
-
-def test_a_tile_of_unscanned_and_scanned_parts_is_white_where_nothing_was_scanned(tmp_path: Path) -> None:
-    assert differences(slide(tmp_path, missing={1, 7}), 256, 0.5)[0] == 0
 
 
 def test_a_small_pool_decodes_again_and_stays_right(tmp_path: Path) -> None:
@@ -122,8 +118,8 @@ def test_damage_names_the_tiles_that_are_cut_from_it(tmp_path: Path) -> None:
         batch = next(batches)
         broken = get_parts(batch.tiles[1]).parts[1].native
         for tile, size in zip(batch.tiles, batch.stored, strict=True):
-            for part in get_parts(tile[:]).parts if size else ():
-                if part.native == broken and part.data is not None:
+            for part in get_parts(tile).parts if size else ():
+                if part.native == broken:
                     part.data[len(part.data) // 2 :] = 0
         touched = [
             bool(size) and any(part.native == broken for part in get_parts(tile).parts)
@@ -140,15 +136,15 @@ def test_damage_names_the_tiles_that_are_cut_from_it(tmp_path: Path) -> None:
 
 def test_parts_that_do_not_fit_are_not_put() -> None:
     data = np.arange(200, dtype=np.uint8)
-    tile = Parts(7, 2, 240, 240, (0.5, 1.25, 100.0, 200.0), False, [Part(3, data), Part(4, None)])
+    tile = Parts(7, 2, 240, 240, (0.5, 1.25, 100.0, 200.0), False, [NativePart(3, data), NativePart(4, data[:50])])
     room = np.zeros((16, 16, 3), np.uint8)
     size = put_parts(tile, room)
-    assert 200 < size < room.size
+    assert 250 < size < room.size
     back = get_parts(room)
     assert (back.stream, back.columns, back.box, back.copied) == (7, 2, tile.box, False)
     assert [part.native for part in back.parts] == [3, 4]
-    assert back.parts[1].data is None
     assert np.array_equal(back.parts[0].data, data)
+    assert np.array_equal(back.parts[1].data, data[:50])
     assert put_parts(tile, room[: (size - 1) // 48]) == 0
 
 

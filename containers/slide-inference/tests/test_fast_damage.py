@@ -1,5 +1,7 @@
-"""Damaged files cost a slide or a tile, never the process: mutants of real slides are opened and read in a process
-of their own, with a limit on its memory and on the time for each. SLIDEWAY_MUTANTS sets how many there are."""
+"""Damaged files cost a slide or a tile, never the process: mutants of real slides and of small ones made here are
+opened and read in a process of their own, with a limit on its memory and on the time for each. Where tiles carry
+checksums, those that can still be read must have the pixels of the undamaged slide. SLIDEWAY_MUTANTS sets how many
+there are."""
 
 from __future__ import annotations
 
@@ -12,17 +14,20 @@ import resource
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 from conftest import CONTAINER, REAL_SLIDES, needs_real_slides
-from fast_slides import fast, imagecodecs, jpeg, picture, save_jpeg, simplejpeg
+from dicom_files import JPEG_2000, save_level
+from fast_slides import fast, imagecodecs, jpeg, picture, save_jpeg, simplejpeg, tiles_of
 from PIL import Image
 
 from slideway_inference.errors import SlideUnopenable
@@ -43,7 +48,32 @@ BASES = (
     "cmu-1-dicom/level-1-frames-0-9.dcm",
     "bad/unreadable.svs",
     "TCGA-CR-7395-01A-01-TS1.svs",
+    "deflate.tif",
+    "lzw.tif",
+    "jpeg-2000.dcm",
+    "deflate-big.tif",
 )
+CHECKED = {"deflate.tif", "deflate-big.tif"}
+"""Whose tiles carry checksums."""
+
+
+def bases() -> dict[str, bytes]:
+    """The files that are mutated, by name."""
+    found = {name: (REAL_SLIDES / name).read_bytes() for name in BASES if (REAL_SLIDES / name).exists()}
+    image = picture(512, 384)
+    for name, compression in (("deflate.tif", "zlib"), ("lzw.tif", "lzw"), ("deflate-big.tif", "zlib")):
+        target = io.BytesIO()
+        options: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb", "compression": compression}
+        with tifffile.TiffWriter(target, bigtiff="big" in name) as tiff:
+            tiff.write(image, predictor=True, metadata=None, **options)
+            tiff.write(image[::4, ::4], predictor=True, metadata=None, subfiletype=1, **options)
+        found[name] = target.getvalue()
+    frames = [imagecodecs.jpeg2k_encode(tile, 40, codecformat="j2k") for tile in tiles_of(image, (64, 64))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "jpeg-2000.dcm"
+        save_level(path, frames, size=(512, 384), tile=(64, 64), syntax=JPEG_2000, colours="YBR_ICT")
+        found[path.name] = path.read_bytes()
+    return found
 
 
 class Held:
@@ -64,14 +94,15 @@ class Held:
 
 
 def directories(data: bytes) -> list[int]:
-    """Offsets of the entries of a classic TIFF's directories."""
-    order = "<" if data[:2] == b"II" else ">"
-    (at,) = struct.unpack(order + "I", data[4:8])
+    """Offsets of the entries of a TIFF's directories."""
+    order, big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"\x2b\0", b"\0\x2b")
+    number, pointer, size = ("Q", "Q", 20) if big else ("H", "I", 12)
+    wide, (at,) = struct.calcsize(number), struct.unpack_from(order + pointer, data, 8 if big else 4)
     found = []
     while at:
-        (count,) = struct.unpack(order + "H", data[at : at + 2])
-        found += [at + 2 + 12 * index for index in range(count)]
-        (at,) = struct.unpack(order + "I", data[at + 2 + 12 * count : at + 6 + 12 * count])
+        (count,) = struct.unpack_from(order + number, data, at)
+        found += [at + wide + size * index for index in range(count)]
+        (at,) = struct.unpack_from(order + pointer, data, at + wide + size * count)
     return found
 
 
@@ -99,23 +130,24 @@ def mutate(base: bytes, rng: random.Random) -> bytes:
             data[rng.randrange(min(head, len(data)))] ^= 1 << rng.randrange(8)
     else:
         entries = directories(base)
-        order = "<" if base[:2] == b"II" else ">"
+        order, big = "<" if base[:2] == b"II" else ">", base[2:4] == b"\x2b\0"
+        value, first, head = (12, 8, 8) if big else (8, 4, 2)
         for _ in range(rng.randrange(1, 3)):
             at = rng.choice(entries)
             if kind == "loop":
-                target = rng.choice(entries) - 2
-                struct.pack_into(order + "I", data, rng.choice([4, at + 8]), max(target, 0))
+                target = rng.choice(entries) - head
+                struct.pack_into(order + "I", data, rng.choice([first, at + value]), max(target, 0))
                 continue
             field = rng.choice(["type", "count", "value", "value", "value"])
             if field == "type":
                 struct.pack_into(order + "H", data, at + 2, rng.choice([*range(20), 0xFFFF]))
             else:
                 number = rng.choice([*numbers, rng.randrange(1 << 32)])
-                struct.pack_into(order + "I", data, at + (4 if field == "count" else 8), number & 0xFFFFFFFF)
+                struct.pack_into(order + "I", data, at + (4 if field == "count" else value), number & 0xFFFFFFFF)
     return bytes(data)
 
 
-def look(data: bytes, name: str) -> str:
+def look(data: bytes, name: str, base: bytes) -> str:
     """Opens and reads what one would of a slide; anything but the named errors is a fault."""
     try:
         reader = open_fast({Path(name).name: Held(data)}, name=Path(name).name, threads=2)
@@ -126,6 +158,8 @@ def look(data: bytes, name: str) -> str:
     with reader:
         assert isinstance(reader, FastReader)
         lost = read(reader)
+        if name in CHECKED:
+            compare(reader, data, name, base)
     return "damaged" if lost else "read"
 
 
@@ -158,6 +192,26 @@ def read(reader: FastReader) -> int:
     return lost
 
 
+def compare(reader: FastReader, data: bytes, name: str, base: bytes) -> None:
+    """Where nothing but tiles was damaged, those that can be read have the pixels they had."""
+    with open_fast(Held(base), name=name, threads=2) as sound:
+        assert isinstance(sound, FastReader)
+        tiles = np.zeros(len(base), np.bool_)
+        for level in sound.native:
+            for offset, size in zip(level.offsets, level.sizes, strict=True):
+                tiles[offset : offset + size] = True
+        around = ~tiles[: len(data)]
+        one, other = (np.frombuffer(each[: len(data)], np.uint8) for each in (base, data))
+        if len(one) != len(other) or not np.array_equal(one[around], other[around]):
+            return
+        geometry = plan_tiles(sound.levels, (1.0, 1.0), 64, 1.0, 0, 0.001)
+        positions = np.array([(x, y) for y in range(0, 384, 64) for x in range(0, 512, 64)], np.int32)
+        wanted, found = (np.empty((len(positions), 64, 64, 3), np.uint8) for _ in range(2))
+        assert sound.read_tiles(geometry, positions, wanted).all()
+        readable = reader.read_tiles(geometry, positions, found)
+        assert np.array_equal(found[readable], wanted[readable])
+
+
 def peak_memory() -> int:
     """Of this process alone: what getrusage tells begins with the parent's."""
     status = Path("/proc/self/status")
@@ -168,21 +222,21 @@ def peak_memory() -> int:
 
 def work(seed: int, count: int) -> None:
     """Runs in a process of its own: prints a line for each mutant."""
-    bases = {name: (REAL_SLIDES / name).read_bytes() for name in set(BASES)}
+    files = bases()
     for number in range(seed, seed + count):
         rng = random.Random(number)
         name = BASES[number % len(BASES)]
-        data = mutate(bases[name], rng)
+        data = mutate(files[name], rng)
         print(json.dumps({"mutant": number, "name": name}), flush=True)
         started = time.process_time()
-        outcome = look(data, name)
+        outcome = look(data, name, files[name])
         peak = peak_memory()
         seconds = time.process_time() - started
         print(json.dumps({"outcome": outcome, "seconds": seconds, "peak": peak}), flush=True)
 
 
 @needs_real_slides
-def test_mutants_of_real_slides_never_crash_hang_or_take_much_memory() -> None:
+def test_mutants_of_slides_never_crash_hang_or_take_much_memory() -> None:
     run = subprocess.run(
         [sys.executable, __file__, "1", str(MUTANTS)],
         cwd=CONTAINER,
@@ -249,6 +303,28 @@ def test_a_tile_with_damaged_bytes_is_unread_wherever_the_decoder_complains() ->
             assert np.array_equal(batch.tiles[place], wanted)
 
 
+@pytest.mark.parametrize("zeros", [1, 2, 3, 60])
+def test_zeros_before_the_end_of_a_jpeg_are_no_damage(zeros: int) -> None:
+    for seed in range(40):
+        tile = picture(64, 64, seed)
+        stream = jpeg(tile, ycbcr=True)
+        out, expected = np.empty_like(tile), np.empty_like(tile)
+        Jpeg("ycbcr").decode(stream, 64, 64, 1, expected)
+        padded = stream[:-2] + bytes(zeros) + stream[-2:]
+        Jpeg("ycbcr").decode(padded, 64, 64, 1, out)
+        assert np.array_equal(out, expected)
+        kept = Jpeg("ycbcr").stored(padded, 64, 64)
+        assert kept is None or np.array_equal(simplejpeg.decode_jpeg(kept, "RGB", strict=True), expected)
+
+
+def test_a_jpeg_that_ends_early_in_zeros_is_damaged() -> None:
+    for seed in range(40):
+        stream = jpeg(picture(64, 64, seed), ycbcr=True)
+        for zeros in (2, 3):
+            with pytest.raises(TileError):
+                decode(Jpeg("ycbcr"), stream[:-62] + bytes(zeros) + stream[-2:], 64)
+
+
 def test_one_lost_native_tile_costs_only_the_tiles_that_it_lies_under(tmp_path: Path) -> None:
     path = save_jpeg(tmp_path / "s.tif", picture(960, 960))
     with tifffile.TiffFile(path) as tiff:
@@ -294,14 +370,40 @@ def test_a_progressive_jpeg_of_endless_scans_is_not_decoded() -> None:
         decode(Jpeg("ycbcr"), bomb)
 
 
-def test_what_unpacks_to_more_than_its_tile_is_cut_off_there() -> None:
+def test_what_unpacks_to_more_than_its_tile_is_cut_off_there_and_unread() -> None:
     bomb = zlib.compress(bytes(1 << 27), 1)
     tracemalloc.start()
-    decode(Raw("deflate"), bomb)
+    with pytest.raises(TileError, match="more than its tile"):
+        decode(Raw("deflate"), bomb)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
     with pytest.raises(TileError, match="early"):
         decode(Raw("deflate"), zlib.compress(bytes(1000)))
+
+
+def pack(packing: Any, data: bytes) -> bytes:  # noqa: ANN401
+    packed: bytes = zlib.compress(data) if packing == "deflate" else getattr(imagecodecs, f"{packing}_encode")(data)
+    return packed
+
+
+@pytest.mark.parametrize("packing", ["deflate", "lzw", "zstd"])
+def test_a_packed_tile_that_is_cut_short_or_of_another_length_is_unread(packing: Any) -> None:  # noqa: ANN401
+    tile = picture(256, 256).tobytes()
+    stream = pack(packing, tile)
+    decode(Raw(packing), stream)
+    for damaged in (stream[: len(stream) // 2], stream[:-3], pack(packing, tile + b"\0"), pack(packing, tile[:-1])):
+        with pytest.raises(TileError):
+            decode(Raw(packing), damaged)
+
+
+def test_a_flipped_bit_in_a_deflate_tile_is_always_noticed() -> None:
+    tile = picture(256, 256)
+    stream, rng = zlib.compress(tile), random.Random(3)
+    for _ in range(60):
+        damaged = bytearray(stream)
+        damaged[rng.randrange(len(stream))] ^= 1 << rng.randrange(8)
+        with pytest.raises(TileError):
+            decode(Raw("deflate"), bytes(damaged))
 
 
 def test_a_jpeg_2000_that_declares_another_size_is_not_decoded() -> None:

@@ -10,6 +10,7 @@ import openslide
 import pytest
 from dicom_files import JPEG_2000, PLAIN, save_level
 from fast_slides import imagecodecs, jpeg, picture, tiles_of
+from PIL import Image
 
 from slideway_inference.fast import DicomDamaged, FastReader, NotFast, PlanesNotSupported, open_fast, sources_of
 
@@ -64,13 +65,29 @@ def test_rgb_jpeg(tmp_path: Path) -> None:
     same(save_level(tmp_path / "a.dcm", made, size=(700, 500), tile=TILE, colours="RGB"))
 
 
-def test_jpeg_2000(tmp_path: Path) -> None:
+def test_jpeg_called_ybr_full_which_openslide_does_not_take(tmp_path: Path) -> None:
+    path = save_level(tmp_path / "a.dcm", frames(), size=(700, 500), tile=TILE, colours="YBR_FULL")
+    (tmp_path / "one").mkdir()
+    one = save_level(tmp_path / "one/a.dcm", frames(), size=(700, 500), tile=TILE)
+    with opened(path) as reader, opened(one) as other:
+        assert np.array_equal(whole(reader), whole(other))
+
+
+@pytest.mark.parametrize("colours", ["RGB", "YBR_ICT", "YBR_RCT"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_jpeg_2000(tmp_path: Path, colours: str, turned: bool) -> None:
+    """Whatever the header says, what the stream turns itself is RGB; OpenSlide believes that it does."""
+    ycbcr = np.asarray(Image.fromarray(IMAGE).convert("YCbCr"))
+    stored = IMAGE if turned or colours == "RGB" else ycbcr
     made = [
-        imagecodecs.jpeg2k_encode(tile, 40, codecformat="j2k", mct=False)
-        for tile in tiles_of(IMAGE, (TILE[1], TILE[0]))
+        imagecodecs.jpeg2k_encode(tile, 60, codecformat="j2k", mct=turned)
+        for tile in tiles_of(stored, (TILE[1], TILE[0]))
     ]
-    path = save_level(tmp_path / "a.dcm", made, size=(700, 500), tile=TILE, syntax=JPEG_2000, colours="RGB")
-    same(path, tolerance=1)
+    path = save_level(tmp_path / "a.dcm", made, size=(700, 500), tile=TILE, syntax=JPEG_2000, colours=colours)
+    with opened(path) as reader:
+        assert np.abs(whole(reader).astype(int) - IMAGE).mean() < 2
+    if stored is IMAGE:
+        same(path, tolerance=1)
 
 
 def test_uncompressed(tmp_path: Path) -> None:
@@ -133,6 +150,19 @@ def test_a_file_is_read_from_few_ranges(tmp_path: Path) -> None:
     sources = sources_of(path)
     with open_fast(sources, name=path.name):
         assert sources[path.name].requests <= 4
+
+
+def test_a_long_header_is_read_by_ever_larger_ranges(tmp_path: Path) -> None:
+    size, tile = (8 * 20_000, 8), (8, 8)
+    stream = jpeg(np.full((8, 8, 3), 200, np.uint8), ycbcr=True)
+    places = [(8 * index, 0) for index in range(20_000)]
+    path = save_level(
+        tmp_path / "a.dcm", [stream] * 20_000, size=size, tile=tile, positions=places, table="extended"
+    )
+    sources = sources_of(path)
+    with open_fast(sources, name=path.name) as reader:
+        assert sources[path.name].requests <= 12
+        assert reader.read_region(0, 8 * 19_990, 0, 80, 8).rgb.min() == 200
 
 
 @pytest.mark.parametrize(("changes", "told"), [({"planes": 3}, "3 focal planes"), ({"paths": 2}, "2 channels")])

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
 import pytest
+import slides
 import tifffile
 from conftest import REAL_SLIDES, needs_real_slides
-from fast_slides import fast, grid, picture, save_jpeg
+from fast_slides import fast, grid, imagecodecs, jpeg2000_halved, picture, save_jpeg, tiles_of
+from PIL import Image
 
 from slideway_inference.fast import FastReader, NotFast, PlanesNotSupported, open_fast, sources_of
+from slideway_inference.fast.reader import _Chunk, _Run
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.reader import open_slide
 from slideway_inference.resample import area_resample
+from slideway_inference.survey import SurveyRequest, survey
 
 U8 = np.typing.NDArray[np.uint8]
 
@@ -144,6 +150,77 @@ def test_other_compressions(tmp_path: Path, compression: str | None, predictor: 
         assert np.array_equal(whole(reader), image)
 
 
+@pytest.mark.parametrize("compression", [33003, 33004, 33005, 34712])
+@pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("ome", [False, True])
+def test_outside_aperio_jpeg_2000_has_the_colours_of_its_photometric_tag_and_stream(
+    tmp_path: Path, compression: int, photometric: str, turned: bool, ome: bool
+) -> None:
+    """raw2ometiff writes RGB under the number that means YCbCr in Aperio's files."""
+    image = picture(256, 128)
+    stored = image if photometric == "rgb" or turned else np.asarray(Image.fromarray(image).convert("YCbCr"))
+    tiles = [
+        imagecodecs.jpeg2k_encode(tile, 0, codecformat="j2k", reversible=True, mct=turned)
+        for tile in tiles_of(stored, (128, 128))
+    ]
+    path = tmp_path / ("s.ome.tif" if ome else "s.tif")
+    tifffile.imwrite(
+        path,
+        iter(tiles),
+        shape=image.shape,
+        dtype=np.uint8,
+        tile=(128, 128),
+        compression=compression,
+        photometric=photometric,
+        metadata=None,
+        description=OME.format(z=1, c=3, channels=ONE_CHANNEL) if ome else None,
+    )
+    with fast(path) as reader:
+        assert difference(whole(reader), image) <= (0 if stored is image else 4)
+
+
+@pytest.mark.parametrize("compression", [33003, 33005])
+def test_aperios_jpeg_2000_has_the_colours_of_its_number(tmp_path: Path, compression: int) -> None:
+    path, image = tmp_path / "s.svs", picture(256, 128)
+    tiles = [
+        imagecodecs.jpeg2k_encode(tile, 0, codecformat="j2k", reversible=True, mct=False)
+        for tile in tiles_of(image, (128, 128))
+    ]
+    tifffile.imwrite(
+        path,
+        iter(tiles),
+        shape=image.shape,
+        dtype=np.uint8,
+        tile=(128, 128),
+        compression=compression,
+        photometric="rgb",
+        metadata=None,
+        description="Aperio x|MPP = 0.5",
+    )
+    same(path, tolerance=1)
+
+
+@pytest.mark.parametrize("down", [1, 2])
+@pytest.mark.parametrize("side", [128, 144])
+def test_aperios_jpeg_2000_with_halved_chroma(tmp_path: Path, down: int, side: int) -> None:
+    path, image = tmp_path / "s.svs", picture(400, 300)
+    ycbcr = np.asarray(Image.fromarray(image).convert("YCbCr"))
+    tifffile.imwrite(
+        path,
+        (jpeg2000_halved(tile, down) for tile in tiles_of(ycbcr, (side, side))),
+        shape=image.shape,
+        dtype=np.uint8,
+        tile=(side, side),
+        compression=33003,
+        photometric="rgb",
+        metadata=None,
+        description="Aperio x|MPP = 0.5",
+    )
+    same(path, tolerance=1)
+    assert np.abs(reference(path)[0].astype(int) - image).mean() < 8
+
+
 def test_strips(tmp_path: Path) -> None:
     path, image = tmp_path / "s.tif", picture(333, 250)
     tifffile.imwrite(path, image, rowsperstrip=32, photometric="rgb", compression="zlib", metadata=None)
@@ -165,15 +242,36 @@ def test_missing_tiles_are_white_and_unscanned(tmp_path: Path) -> None:
         assert np.array_equal(region.rgb, expected)
         assert region.scanned is not None
         assert np.array_equal(region.scanned, alpha == 255)
-        geometry, positions = grid(reader, 160, 0.5)
-        tiles = np.empty((len(positions), 160, 160, 3), np.uint8)
-        assert reader.read_tiles(geometry, positions, tiles).all()
-        for tile, (x, y) in zip(tiles, positions, strict=True):
-            assert np.array_equal(tile, expected[y : y + 160, x : x + 160])
         view = reader.overview(36, 24)
         assert not view.scanned[:12, 12:24].any()
         assert view.scanned[:12, :12].all()
         assert (view.rgb[:12, 12:24] == 255).all()
+
+
+@pytest.mark.parametrize(("px", "mpp"), [(240, 0.5), (160, 0.5), (80, 1.0), (70, 1.3)])
+@pytest.mark.parametrize("suffix", [".svs", ".tif"])
+def test_a_tile_of_which_more_than_half_was_not_scanned_is_unreadable_in_every_reader(
+    tmp_path: Path, px: int, mpp: float, suffix: str
+) -> None:
+    description = "Aperio x|MPP = 0.5" if suffix == ".svs" else None
+    path = save_jpeg(tmp_path / f"s{suffix}", picture(720, 480), missing={1, 3}, description=description)
+    expected, alpha = reference(path)
+    with fast(path) as reader, open_slide(path) as other:
+        geometry, positions = grid(reader, px, mpp)
+        tiles, others = (np.empty((len(positions), px, px, 3), np.uint8) for _ in range(2))
+        side = round(px * mpp / 0.5)
+        parts = [np.s_[y : y + side, x : x + side] for x, y in positions]
+        wanted = [(alpha[part] == 255).mean() >= 0.5 for part in parts]
+        assert set(wanted) == {True, False}
+        assert reader.read_tiles(geometry, positions, tiles).tolist() == wanted
+        assert other.read_tiles(geometry, positions, others).tolist() == wanted
+        if mpp == 0.5:
+            for tile, part, readable in zip(tiles, parts, wanted, strict=True):
+                assert not readable or np.array_equal(tile, expected[part])
+        buffers: queue.Queue[U8] = queue.Queue()
+        buffers.put(np.empty((len(positions), px, px, 3), np.uint8))
+        (batch,) = reader.read_batches(geometry, positions, len(positions), buffers)
+        assert {(unread.reason, unread.retry) for unread in batch.unread.values()} == {("not scanned", False)}
 
 
 def test_tiles_that_aperio_made_from_missing_ones_are_left_to_openslide(tmp_path: Path) -> None:
@@ -187,6 +285,36 @@ def test_tiles_that_aperio_made_from_missing_ones_are_left_to_openslide(tmp_path
         buffers.put(np.empty((4, 240, 240, 3), np.uint8))
         (batch,) = reader.read_batches(geometry, positions, 4, buffers)
         assert {place: unread.retry for place, unread in batch.unread.items()} == {0: True}
+
+
+@pytest.mark.parametrize("downsamples", [(4,), (4, 8), (2, 4, 16)])
+@pytest.mark.parametrize(
+    "unscanned", [lambda x, y: x >= 8, lambda x, y: x >= 7 or y == 3, lambda x, y: (x + y) % 2]
+)
+def test_what_aperio_did_not_scan_is_no_tissue_in_either_reader(
+    tmp_path: Path, downsamples: tuple[int, ...], unscanned: Callable[[int, int], bool]
+) -> None:
+    """Where OpenSlide draws from finer levels, so does the survey; where they have nothing, there is nothing."""
+    image = slides.tissue(slides.tissue(slides.glass(2048, 2048), 100, 200, 600, 900), 900, 1200, 1000, 700)
+    missing = {index for index in range(256) if unscanned(index % 16, index // 16)}
+    path = save_jpeg(
+        tmp_path / "s.svs",
+        image,
+        tile=(128, 128),
+        missing=missing,
+        downsamples=downsamples,
+        description="Aperio x|MPP = 0.5",
+    )
+    request = SurveyRequest(path, "x", None, None, 128, 0.5, 0, 0.02, 0.5)
+    with fast(path) as reader, open_slide(path) as other:
+        size = 2048 // 16
+        one, two = reader.overview(size, size), other.overview(size, size)
+        assert not one.unreadable.any()
+        assert (one.scanned != two.scanned).mean() < 0.03
+        assert np.abs(one.rgb.astype(int) - two.rgb).mean() < 4
+        ours, theirs = ({tuple(at) for at in survey(each, request).positions.tolist()} for each in (reader, other))
+        assert len(theirs) > 20
+        assert len(ours ^ theirs) <= len(theirs) * 0.05
 
 
 PHILIPS = """<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">
@@ -232,6 +360,53 @@ def test_an_ome_tiffs_subifds_are_its_pyramid(tmp_path: Path) -> None:
         assert reader.mpp == pytest.approx((0.25, 0.3))
         assert np.array_equal(whole(reader, 2), image[::4, ::4])
     assert np.array_equal(reference(path)[0], image)
+
+
+def save_series(path: Path, *images: tuple[str, U8, float]) -> Path:
+    """An OME-TIFF of images with their names and µm per pixel, each with a level of half the size."""
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for name, image, mpp in images:
+            metadata = {"Name": name, "PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+            options = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib"}
+            tiff.write(image, subifds=1, metadata=metadata, **options)
+            tiff.write(np.ascontiguousarray(image[::2, ::2]), subfiletype=1, metadata=None, **options)
+    return path
+
+
+def test_of_an_ome_tiffs_series_the_largest_is_the_slide(tmp_path: Path) -> None:
+    small, large, label = picture(128, 128), picture(512, 448), picture(640, 512)
+    path = save_series(
+        tmp_path / "s.ome.tif", ("Image0", small, 2.0), ("Image1", large, 0.5), ("label image", label, 9.0)
+    )
+    with fast(path) as reader:
+        assert reader.name == "fast (2 other series passed over)"
+        assert [(level.width, level.height) for level in reader.levels] == [(512, 448), (256, 224)]
+        assert reader.mpp == pytest.approx((0.5, 0.5))
+        assert np.array_equal(whole(reader), large)
+
+
+def test_a_largest_series_that_is_not_brightfield_is_not_replaced_by_a_smaller_one(tmp_path: Path) -> None:
+    path = tmp_path / "s.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        tiff.write(picture(128, 128), tile=(64, 64), photometric="rgb")
+        tiff.write(
+            np.zeros((4, 256, 256), np.uint8), tile=(64, 64), photometric="minisblack", metadata={"axes": "CYX"}
+        )
+    with pytest.raises(PlanesNotSupported, match="4 channels"):
+        fast(path)
+
+
+def test_a_plain_tiffs_subifds_are_its_pyramid_too(tmp_path: Path) -> None:
+    path, image = tmp_path / "s.tif", picture(600, 500)
+    with tifffile.TiffWriter(path) as tiff:
+        options = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib", "metadata": None}
+        tiff.write(image, subifds=3, **options)
+        for reduction in (2, 4):
+            tiff.write(image[::reduction, ::reduction], subfiletype=1, **options)
+        tiff.write(image[:64, :64], **options)
+    with fast(path) as reader:
+        assert [level.width for level in reader.levels] == [600, 300, 150]
+        assert np.array_equal(whole(reader, 2), image[::4, ::4])
 
 
 @pytest.mark.parametrize(
@@ -361,6 +536,29 @@ def test_each_native_tile_is_read_and_decoded_once_though_the_grid_does_not_fall
         reader.read_tiles(geometry, positions, np.empty((len(positions), 100, 100, 3), np.uint8))
         assert len(decoded) == len(native.sizes)
         assert native.sources[0].bytes_read < native.sizes.sum() * 1.1 + (1 << 18)
+
+
+def test_what_threads_work_on_at_a_time_is_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slideway_inference.fast.reader._CHUNK_BYTES", 12 * 240 * 240 * 3)
+    path = save_jpeg(tmp_path / "s.tif", picture(1500, 1200))
+    expected = reference(path)[0]
+    natives, chunk = [], _Run._chunk
+
+    def noted(run: _Run, *rest: Any) -> _Chunk:  # noqa: ANN401
+        natives.append(len((made := chunk(run, *rest)).own))
+        return made
+
+    monkeypatch.setattr(_Run, "_chunk", noted)
+    with fast(path, threads=3) as reader:
+        geometry, positions = grid(reader, 100, 0.5)
+        tiles = np.empty((len(positions), 100, 100, 3), np.uint8)
+        assert reader.read_tiles(geometry, positions, tiles).all()
+    for tile, (x, y) in zip(tiles, positions, strict=True):
+        assert np.array_equal(tile, expected[y : y + 100, x : x + 100])
+    assert sum(natives) == 7 * 5
+    assert max(natives) <= 12 // 3 - 1 + 4  # a tile lies on four at most
 
 
 def test_a_run_can_be_left_early(tmp_path: Path) -> None:

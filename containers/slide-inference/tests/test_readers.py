@@ -78,6 +78,21 @@ def test_plain_tiffs_are_read_tile_by_tile_or_strip_by_strip(
         assert np.array_equal(slide.read_region(0, 30, 20, 130, 120).rgb, image[20:140, 30:160])
 
 
+def test_a_plain_tiffs_tile_with_a_flipped_bit_is_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "plain.tif"
+    image = np.random.default_rng(1).normal(150, 8, (128, 128, 3)).astype(np.uint8)
+    tifffile.imwrite(path, image, photometric="rgb", compression="zlib", tile=(64, 64))
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[0].dataoffsets[1] + tiff.pages[0].databytecounts[1] // 2
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    with TiffReader(path) as slide:
+        assert np.array_equal(slide.read_region(0, 0, 0, 64, 64).rgb, image[:64, :64])
+        with pytest.raises(RegionUnreadable):
+            slide.read_region(0, 64, 0, 64, 64)
+
+
 def test_what_is_no_slide_is_unopenable(tmp_path: Path) -> None:
     path = tmp_path / "notes.svs"
     path.write_bytes(b"not a slide " * 100)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
@@ -71,11 +73,14 @@ class Jpeg:
     def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
         stream = self._stream(data, width, height)[0]
         try:
-            made = simplejpeg.decode_jpeg(
-                stream, "RGB", min_width=out.shape[1], min_height=out.shape[0], buffer=out, strict=True
-            )
+            made = _decoded(stream, out)
         except (ValueError, RuntimeError) as error:
-            raise TileError(str(error) or "the JPEG decoder failed", retry=False) from error
+            for less in _unpadded(stream):
+                with suppress(ValueError, RuntimeError):
+                    made = _decoded(less, out)
+                    break
+            else:
+                raise TileError(str(error) or "the JPEG decoder failed", retry=False) from error
         if made.shape != out.shape:
             raise TileError("the JPEG decoded to another size than its tile", retry=True)
 
@@ -96,6 +101,8 @@ class Jpeg:
         at = at[(marker != 0) & ((marker < 0xD0) | (marker > 0xD7))]  # neither a stuffed byte nor a restart
         end = begin + int(at[0]) if len(at) else 0
         if not end or stream[end + 1] != 0xD9 or stream[end + 2 :].strip(b"\0\xff"):
+            return None
+        if stream[end - 1] == 0 != stream[end - 2] - 0xFF:  # it may be padded, which a strict decoder refuses
             return None
         return stream[: end + 2]
 
@@ -162,7 +169,8 @@ class _NeverStored:
 
 
 class Jpeg2000(_NeverStored):
-    """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, and the stream does not turn them.
+    """JPEG 2000 codestreams with OpenJPEG. `ycbcr`: the components are so, unless the stream turns them itself.
+    Chroma may then be of half size, as Aperio's is, and is repeated over the pixels, as OpenSlide does.
 
     Not at reduced size: what its wavelet leaves at half size is no mean over pixels (4.5 grey levels beside it on
     average, 73 at most, on a real slide, where JPEG's is 0.4), and takes four fifths of the time of the whole."""
@@ -174,33 +182,39 @@ class Jpeg2000(_NeverStored):
         self._ycbcr = ycbcr
 
     def decode(self, data: Data, width: int, height: int, reduction: int, out: U8) -> None:
-        self._check(data, width, height)
+        halved = self._check(data, width, height)
         try:
             decoded = imagecodecs.jpeg2k_decode(data, numthreads=1)
         except Exception as error:  # the codec's errors have no common class
             raise TileError(str(error) or "the JPEG 2000 decoder failed", retry=True) from error
         if decoded.shape != (height, width, 3) or decoded.dtype != np.uint8:
             raise TileError("the JPEG 2000 decoded to another size than its tile", retry=True)
-        if self._ycbcr:
+        if self._ycbcr and not halved and not turned(data):  # imagecodecs makes RGB of halved chroma
             _rgb_of_ycbcr(decoded, out)
         else:
             out[:] = decoded
 
-    def _check(self, data: Data, width: int, height: int) -> None:
+    def _check(self, data: Data, width: int, height: int) -> bool:
+        """Whether chroma is of half width, or half width and height."""
         if data[:4] != b"\xff\x4f\xff\x51" or len(data) < 51:
             raise TileError("it is no JPEG 2000 codestream", retry=data[4:8] == b"jP  ")
         right, bottom, left, top, wide, high = struct.unpack(">IIIIII", data[8:32])
         (components,) = struct.unpack(">H", data[40:42])
         if (right - left, bottom - top) != (width, height):
             raise TileError("its JPEG 2000 has another size than the tile", retry=False)
-        if components != 3 or data[42:51] != b"\x07\x01\x01" * 3:
+        whole, luma, chroma = data[42:51] == b"\x07\x01\x01" * 3, data[42:45], data[45:48]
+        halved = luma == b"\x07\x01\x01" and chroma in (b"\x07\x02\x01", b"\x07\x02\x02") and chroma == data[48:51]
+        if components != 3 or not (whole or (halved and self._ycbcr)):
             raise TileError("its JPEG 2000 is not 3 components of 8 bits at full size", retry=True)
         if not wide or not high or (-(-right // wide)) * (-(-bottom // high)) > 4096:
             raise TileError("its JPEG 2000 is cut into absurdly many tiles", retry=False)
+        return halved
 
 
 class Raw(_NeverStored):
-    """Pixels, plain or packed by a general compressor, with or without TIFF's horizontal predictor."""
+    """Pixels, plain or packed by a general compressor, with or without TIFF's horizontal predictor. Deflate carries
+    a checksum; LZW does not, nor does zstd unless its writer asked for one: of damage there only what breaks the
+    code or changes the length shows."""
 
     reductions: tuple[int, ...] = (1,)
 
@@ -217,6 +231,8 @@ class Raw(_NeverStored):
             raise TileError(str(error) or "the decoder failed", retry=False) from error
         if len(pixels) < size:
             raise TileError("its pixels end early", retry=False)
+        if len(pixels) > size and self._packing != "none":
+            raise TileError("it unpacks to more than its tile", retry=False)
         tile = np.frombuffer(pixels, np.uint8, size).reshape(height, width, 3)
         if self._predictor:
             np.cumsum(tile, axis=1, dtype=np.uint8, out=out)
@@ -224,18 +240,55 @@ class Raw(_NeverStored):
             out[:] = tile
 
     def _unpack(self, data: Data, size: int) -> Data | bytearray:
+        """One byte more than the tile's, if there is one: a stream that is damaged often has another length, and
+        Deflate's checksum, which comes last, is looked at only where it is read to its end."""
         if self._packing == "none":
             return data
         if self._packing == "deflate":
-            return zlib.decompressobj().decompress(data, size)
+            stream = zlib.decompressobj()
+            pixels = stream.decompress(data, size + 1)
+            if len(pixels) == size and not stream.eof:
+                raise ValueError("its Deflate stream is cut short")
+            return pixels
         unpack = imagecodecs.lzw_decode if self._packing == "lzw" else imagecodecs.zstd_decode
-        made: bytes | bytearray = unpack(data, out=bytearray(size))
+        made: bytes | bytearray = unpack(data, out=bytearray(size + 1))
         return made
 
 
 def available() -> bool:
     """Whether the decoders are installed."""
     return simplejpeg is not None
+
+
+def _decoded(stream: bytes, out: U8) -> U8:
+    """Raises ValueError, RuntimeError where libjpeg-turbo complains of anything."""
+    made: U8 = simplejpeg.decode_jpeg(
+        stream, "RGB", min_width=out.shape[1], min_height=out.shape[0], buffer=out, strict=True
+    )
+    return made
+
+
+def _unpadded(stream: bytes) -> Iterator[bytes]:
+    """The stream without the zeros that some writers put before its end, of which libjpeg complains as it does of
+    damage: without all but one, which can be the last of the picture, then without all. A decoder that misses
+    what was taken off says so."""
+    end = stream.rfind(b"\xff\xd9")
+    if end > 0 and stream[end - 1] == 0:
+        kept = len(stream[:end].rstrip(b"\0"))
+        if kept + 1 < end:
+            yield stream[: kept + 1] + stream[end:]
+        yield stream[:kept] + stream[end:]
+
+
+def turned(data: Data) -> bool:
+    """Whether a JPEG 2000 codestream turns its components to RGB by itself (multiple component transform in COD,
+    ISO/IEC 15444-1, A.6.1). Raises TileError."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] != 0x90:
+        if data[at + 1] == 0x52:
+            return data[at + 8] == 1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise TileError("its JPEG 2000 header is damaged", retry=False)
 
 
 def _without(stream: bytes, dropped: set[int]) -> bytes:

@@ -37,6 +37,9 @@ _FRAGMENTS = 4096
 _WALK_BYTES = 64 << 20
 """Largest file whose frames are found by going through it, where no table says where they are."""
 
+_FIRST_READ, _LONGEST_READ = 64 << 10, 4 << 20
+"""Of a header at once."""
+
 _CLASS, _SYNTAX = 0x00020002, 0x00020010
 _TYPE, _INSTANCE, _SERIES = 0x00080008, 0x00080018, 0x0020000E
 _FRAME_OFFSET, _WHOLE, _ORGANISATION = 0x00200228, 0x00200242, 0x00209311
@@ -226,7 +229,7 @@ def _codec(
     syntax, colours = instance.text(_SYNTAX), instance.text(_COLOURS)
     if syntax == _PLAIN and colours == "RGB":
         return _Frame(Raw("none"), "plain", packed=False)
-    if syntax == _JPEG and colours in ("RGB", "YBR_FULL_422"):
+    if syntax == _JPEG and colours in ("RGB", "YBR_FULL", "YBR_FULL_422"):
         ycbcr = colours != "RGB"
         if not ycbcr and len(offsets):
             start = int(offsets[0])
@@ -237,8 +240,9 @@ def _codec(
             ycbcr = subsampled(bytes(head[8:]))
             notes |= {"YCbCr"} if ycbcr else set()
         return _Frame(Jpeg("ycbcr" if ycbcr else "rgb"), f"jpeg {ycbcr}", packed=True)
-    if syntax in (_JPEG2000 + "0", _JPEG2000 + "1") and colours == "RGB":
-        return _Frame(Jpeg2000(ycbcr=False), "jpeg2000", packed=True)
+    if syntax in (_JPEG2000 + "0", _JPEG2000 + "1") and colours in ("RGB", "YBR_ICT", "YBR_RCT"):
+        ycbcr = colours != "RGB"  # what the stream itself turns comes out as RGB whatever the header says
+        return _Frame(Jpeg2000(ycbcr=ycbcr), f"jpeg2000 {ycbcr}", packed=True)
     raise NotFast(f"DICOM transfer syntax {syntax} with {colours}")
 
 
@@ -347,12 +351,35 @@ def _tag(data: Data, at: int) -> int:
     return int(group << 16 | element)
 
 
+class _Ahead:
+    """Reads forward through a source, more at once the longer it goes on: the header of a level whose frames each
+    say where they lie is megabytes of small things. Raises EOFError outside the source."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        self._at, self._held = 0, b""
+        self._step = _FIRST_READ
+
+    def read(self, offset: int, size: int) -> bytes:
+        end = self._at + len(self._held)
+        if offset < self._at or offset + size > end:
+            if offset < 0 or offset + size > self._source.size:
+                raise EOFError(f"{size} bytes at {offset} are outside the file")
+            if self._at < end and self._at <= offset <= end:
+                self._step = min(2 * self._step, _LONGEST_READ)
+            else:
+                self._step = _FIRST_READ
+            more = min(max(size, self._step), self._source.size - offset)
+            self._at, self._held = offset, bytes(self._source.read([(offset, more)])[0]) if more else b""
+        return self._held[offset - self._at : offset - self._at + size]
+
+
 class _Reader:
     """Goes through a data set. Raises NotDicom, NotFast, DicomDamaged."""
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
-        self._blocks = Blocks(source)
+        self._blocks = _Ahead(source)
         self._elements = 0
         self._held = 0
         self._pixels: tuple[int, int] | None = None

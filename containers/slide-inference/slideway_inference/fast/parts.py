@@ -28,12 +28,11 @@ _PART = np.dtype([("native", "<i8"), ("length", "<i4")])
 
 
 @dataclass(frozen=True)
-class Part:
-    """A native tile: its number in its level, and its bytes as a JPEG that stands by itself; None where nothing was
-    scanned, which is white."""
+class NativePart:
+    """A native tile: its number in its level, and its bytes as a JPEG that stands by itself."""
 
     native: int
-    data: U8 | None
+    data: U8
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,24 @@ class Parts:
     height: int
     box: Box
     copied: bool
-    parts: Sequence[Part]
+    parts: Sequence[NativePart]
 
 
 def put_parts(tile: Parts, out: U8) -> int:
     """Writes it into `out`, any contiguous array; how many bytes it takes, 0 where it does not fit."""
     total = _HEAD.itemsize + len(tile.parts) * _PART.itemsize
-    total += sum(part.data.size for part in tile.parts if part.data is not None)
+    total += sum(part.data.size for part in tile.parts)
     if total > out.size:
         return 0
     flat = out.reshape(-1)
     head = np.zeros(1, _HEAD)
     rows = len(tile.parts) // tile.columns
     head[0] = (tile.stream, tile.columns, rows, tile.width, tile.height, tile.box, tile.copied, total)
-    table = np.array(
-        [(part.native, 0 if part.data is None else part.data.size) for part in tile.parts], dtype=_PART
-    )
+    table = np.array([(part.native, part.data.size) for part in tile.parts], dtype=_PART)
     at = 0
     for piece in (head.view(np.uint8), table.view(np.uint8), *(part.data for part in tile.parts)):
-        if piece is not None:
-            flat[at : at + piece.size] = piece
-            at += piece.size
+        flat[at : at + piece.size] = piece
+        at += piece.size
     return total
 
 
@@ -80,7 +76,7 @@ def get_parts(data: U8) -> Parts:
     at = _HEAD.itemsize + count * _PART.itemsize
     parts = []
     for native, length in flat[_HEAD.itemsize : at].view(_PART).tolist():
-        parts.append(Part(native, flat[at : at + length] if length else None))
+        parts.append(NativePart(native, flat[at : at + length]))
         at += length
     x0, y0, x1, y1 = head["box"].tolist()
     return Parts(

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,6 +24,8 @@ _TILES = 8 << 20
 """Most tiles of a level; a slide of a million pixels squared has as many in tiles of 360."""
 _TILE_PIXELS = 4096 * 4096
 _SIDE = 4 << 20
+_SLIVER = 1 / 32
+"""Of a tile: what lies under another by less does so because levels are rounded to whole pixels."""
 _TABLE_BYTES = 16 << 10
 _XML_BYTES = 16 << 20
 _SUFFIXES = {".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".gtif"}
@@ -34,6 +36,13 @@ _STRIPS, _SAMPLES, _ROWS, _STRIP_SIZES, _PLANAR, _SOFTWARE = 273, 277, 278, 279,
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES, _SUBIFDS = 317, 322, 323, 324, 325, 330
 _TABLES, _DEPTH, _SUBFILE, _XMP = 347, 32997, 254, 700
 _NDPI = 65420
+_NO_LEVEL = re.compile("label|macro|overview|thumbnail", re.IGNORECASE)
+_JPEG2000 = {33003, 33004, 33005, 34712}
+"""Aperio's two, Bio-Formats' lossy and lossless, and the registered one."""
+
+
+_Means = Literal["aperio", "tag", "stream"]
+"""What tells whether components are YCbCr: Aperio's numbers of compressions, the photometric tag, or the stream."""
 
 
 class NotFast(Exception):
@@ -44,11 +53,20 @@ class PlanesNotSupported(SlideUnopenable):
     """The slide has several focal planes or channels, where a model wants one brightfield picture."""
 
 
+class Part(NamedTuple):
+    """Tiles of a level: columns left…right, rows top…bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
 @dataclass
 class NativeLevel:
     """A level as it is stored. Tile i lies at column i % columns, row i // columns, in `sources[source[i]]`, or in
-    the first where `source` is None. A size of 0 is a tile that was not scanned; -1 one that OpenSlide alone can
-    make."""
+    the first where `source` is None. A size of 0 is a tile that was not scanned; -1 one that is to be drawn from
+    the next finer level, as OpenSlide does."""
 
     width: int
     height: int
@@ -66,12 +84,45 @@ class NativeLevel:
         self.columns = -(-self.width // self.tile_width)
         self.rows = -(-self.height // self.tile_height)
 
+    def part(self, part: Part) -> NativeLevel:
+        """Some of its tiles as a level of their own."""
+        rows, columns = slice(part.top, part.bottom), slice(part.left, part.right)
+
+        def of(tiles: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return tiles.reshape(self.rows, self.columns)[rows, columns].ravel()
+
+        return replace(
+            self,
+            width=min(self.width, part.right * self.tile_width) - part.left * self.tile_width,
+            height=min(self.height, part.bottom * self.tile_height) - part.top * self.tile_height,
+            offsets=of(self.offsets),
+            sizes=of(self.sizes),
+            source=None if self.source is None else of(self.source),
+        )
+
+    def under(self, coarse: NativeLevel) -> tuple[Spans, Spans]:
+        """Which of its columns lie under each column of a coarser level, and which rows under each row."""
+        return (
+            _spans(self.columns, self.tile_width, self.width, coarse.columns, coarse.tile_width, coarse.width),
+            _spans(self.rows, self.tile_height, self.height, coarse.rows, coarse.tile_height, coarse.height),
+        )
+
     def tile_size(self, index: int) -> tuple[int, int]:
         """Width and height of a tile as stored."""
         if self.ragged:
             top = index // self.columns * self.tile_height
             return self.tile_width, min(self.tile_height, self.height - top)
         return self.tile_width, self.tile_height
+
+
+Spans = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""The first of each, and one past the last."""
+
+
+def _spans(tiles: int, tile: int, length: int, coarse_tiles: int, coarse_tile: int, coarse_length: int) -> Spans:
+    edges = np.arange(coarse_tiles + 1) * (coarse_tile * (length / coarse_length) / tile)
+    first = np.minimum((edges[:-1] + _SLIVER).astype(np.int64), tiles - 1)
+    return first, np.clip(np.ceil(edges[1:] - _SLIVER).astype(np.int64), first + 1, tiles)
 
 
 @dataclass
@@ -101,7 +152,9 @@ def tiff_pyramid(source: ByteSource, name: str) -> Pyramid:
     elif software.startswith("Philips") and "<DataObject" in description:
         pyramid = _philips(tiff, source, description)
     elif "<OME" in description:
-        pyramid = _ome(tiff, source, description)
+        first, description, others = _series(tiff, description)
+        pyramid = _ome(tiff, source, first, description, alone=not others)
+        pyramid.note = f"{others} other series passed over" if others else ""
     else:
         pyramid = _generic(tiff, source)
     if tiff.order == ">" and not tiff.big:
@@ -149,8 +202,8 @@ def _properties(first: Directory, description: str) -> dict[str, str]:
 
 def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
     """Tiled directories are levels, in their order. Where level 0 lacks a tile, OpenSlide mistrusts the tiles made
-    from it and draws them from the finer level: those are left to it."""
-    levels = [_level(d, source, "tag") for d in tiff.directories if _TILE_WIDTH in d]
+    from it and draws them from the finer level; where that has none of them, there is nothing to draw."""
+    levels = [_level(d, source, "aperio") for d in tiff.directories if _TILE_WIDTH in d]
     for fine, coarse in pairwise(levels):
         coarse.sizes[coarse.sizes == 0] = -1
         missing = np.flatnonzero(fine.sizes <= 0)
@@ -160,6 +213,11 @@ def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
             column = np.minimum(missing % fine.columns // across, coarse.columns - 1)
             row = np.minimum(missing // fine.columns // down, coarse.rows - 1)
             coarse.sizes[row * coarse.columns + column] = -1
+            (left, right), (top, bottom) = fine.under(coarse)
+            sums = np.zeros((fine.rows + 1, fine.columns + 1), np.int64)
+            sums[1:, 1:] = (fine.sizes != 0).reshape(fine.rows, fine.columns).cumsum(axis=0).cumsum(axis=1)
+            held = sums[bottom][:, right] - sums[top][:, right] - sums[bottom][:, left] + sums[top][:, left]
+            coarse.sizes[(coarse.sizes < 0) & (held.ravel() == 0)] = 0
     properties = {"openslide.vendor": "aperio"}
     for part in description.split("|")[1:]:
         key, equals, value = part.partition("=")
@@ -173,19 +231,24 @@ def _aperio(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
 
 
 def _generic(tiff: Tiff, source: ByteSource) -> Pyramid:
-    """The first directory, and every tiled one that calls itself a reduced image."""
+    """The first directory, and every tiled one that calls itself a reduced image: of its SubIFDs, which OpenSlide
+    does not know, where it has any."""
     first = tiff.directories[0]
     if _TILE_WIDTH not in first:
         levels = [_level(first, source, "stream")]
         return Pyramid("tiff", levels, {"openslide.vendor": "tiff"}, like_openslide=False)
+    children = [d for d in first.children() if _reduced(d)]
     levels = [_level(first, source, "tag")]
-    for directory in tiff.directories[1:]:
-        if _TILE_WIDTH in directory and directory.integer(_SUBFILE, 0) & 1:
-            if directory.integer(_SUBFILE, 0) & 4:
-                raise NotFast("a TIFF with transparency masks")
-            levels.append(_level(directory, source, "tag"))
+    for directory in children or filter(_reduced, tiff.directories[1:]):
+        if directory.integer(_SUBFILE, 0) & 4:
+            raise NotFast("a TIFF with transparency masks")
+        levels.append(_level(directory, source, "tag"))
     levels.sort(key=lambda level: -level.width)
-    return Pyramid("generic-tiff", levels, {"openslide.vendor": "generic-tiff"})
+    return Pyramid("generic-tiff", levels, {"openslide.vendor": "generic-tiff"}, like_openslide=not children)
+
+
+def _reduced(directory: Directory) -> bool:
+    return _TILE_WIDTH in directory and bool(directory.integer(_SUBFILE, 0) & 1)
 
 
 def _philips(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
@@ -224,8 +287,37 @@ def _philips(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
     return Pyramid("philips", levels, properties)
 
 
-def _ome(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
-    """The first directory with its SubIFDs. OpenSlide knows the first directory alone."""
+def _series(tiff: Tiff, description: str) -> tuple[Directory, str, int]:
+    """Of an OME-TIFF's images the largest that is called neither label nor macro: its first directory, the OME-XML
+    without the others, and how many those are. The first image where they cannot be told apart."""
+    root = _xml(description)
+    images = root.findall("./{*}Image")
+    if len(images) < 2:
+        return tiff.directories[0], description, 0
+    chosen, first, most = images[0], tiff.directories[0], 0
+    for image in images:
+        pixels, data = image.find("./{*}Pixels"), image.find("./{*}Pixels/{*}TiffData")
+        number = "0" if data is None else data.get("IFD") or "0"
+        if pixels is None or _NO_LEVEL.search(image.get("Name") or "") or not number.isdecimal():
+            continue
+        if int(number) >= len(tiff.directories):
+            continue
+        directory = tiff.directories[int(number)]
+        width, height = directory.integer(_WIDTH), directory.integer(_HEIGHT)
+        told = (pixels.get("SizeX"), pixels.get("SizeY")) == (str(width), str(height))
+        if told and width * height > most:
+            chosen, first, most = image, directory, width * height
+    for image in images:
+        if image is not chosen:
+            root.remove(image)
+    for element in root.iter():  # else they would be written with prefixes
+        element.tag = element.tag.rpartition("}")[2]
+    return first, ElementTree.tostring(root, "unicode"), len(images) - 1
+
+
+def _ome(tiff: Tiff, source: ByteSource, first: Directory, description: str, *, alone: bool) -> Pyramid:
+    """A directory with its SubIFDs, or the reduced ones after it: those that follow at once, unless it is `alone`.
+    OpenSlide knows the first directory alone."""
     pixels = _xml(description).find("./{*}Image/{*}Pixels")
     if pixels is not None:
         samples = [int(c.get("SamplesPerPixel") or 1) for c in pixels.findall("./{*}Channel") if _is_number(c)]
@@ -234,14 +326,11 @@ def _ome(tiff: Tiff, source: ByteSource, description: str) -> Pyramid:
                 raise PlanesNotSupported(f"It has {pixels.get(axis)} {what}: give one as a slide of its own.")
         if len(samples) > 1 or (samples == [1] and pixels.get("SizeC") not in (None, "1")):
             raise PlanesNotSupported(f"It has {pixels.get('SizeC')} channels: it is no brightfield slide.")
-    first = tiff.directories[0]
     levels = [_level(directory, source, "stream") for directory in (first, *first.children())]
     if _SUBIFDS not in first:
-        levels += [
-            _level(directory, source, "stream")
-            for directory in tiff.directories[1:]
-            if _TILE_WIDTH in directory and directory.integer(_SUBFILE, 0) & 1
-        ]
+        following = tiff.directories[tiff.directories.index(first) + 1 :]
+        reduced = filter(_reduced, following) if alone else takewhile(_reduced, following)
+        levels += [_level(directory, source, "stream") for directory in reduced]
     levels.sort(key=lambda level: -level.width)
     return Pyramid("ome-tiff", levels, {"openslide.vendor": "ome-tiff"}, like_openslide=False)
 
@@ -274,7 +363,7 @@ def _spacing(text: str | None) -> tuple[float, float]:
 # --- one directory -----------------------------------------------------------------------------------------------
 
 
-def _level(directory: Directory, source: ByteSource, colour: Literal["tag", "stream"]) -> NativeLevel:
+def _level(directory: Directory, source: ByteSource, colour: _Means) -> NativeLevel:
     """Raises NotFast for what others must read, TiffDamaged for what cannot be."""
     width, height = directory.integer(_WIDTH), directory.integer(_HEIGHT)
     if not (0 < width <= _SIDE and 0 < height <= _SIDE):
@@ -325,18 +414,18 @@ def _check_pixels(directory: Directory) -> None:
         raise NotFast("a picture that is stored turned")
 
 
-def _codec(directory: Directory, colour: Literal["tag", "stream"]) -> Codec:
+def _codec(directory: Directory, colour: _Means) -> Codec:
     compression, ycbcr = directory.integer(_COMPRESSION, 1), directory.integer(_PHOTOMETRIC) == 6
     if compression == 7:
-        meant: Colour = "ycbcr" if ycbcr else "rgb" if colour == "tag" else "stream"
+        meant: Colour = "ycbcr" if ycbcr else "stream" if colour == "stream" else "rgb"
         try:
             if directory.count(_TABLES) > _TABLE_BYTES:
                 raise TiffDamaged("Its JPEG tables are absurdly long.")
             return Jpeg(meant, directory.data(_TABLES))
         except ValueError as error:
             raise TiffDamaged(f"Its {error}.") from error
-    if compression in (33003, 33005):
-        return Jpeg2000(ycbcr=compression == 33003)
+    if compression in _JPEG2000:  # Aperio's photometric tag says RGB of either
+        return Jpeg2000(ycbcr=compression == 33003 if colour == "aperio" else ycbcr)
     if ycbcr:
         raise NotFast("YCbCr without JPEG")
     predictor = directory.integer(_PREDICTOR, 1)

@@ -20,12 +20,20 @@ import numpy as np
 import numpy.typing as npt
 
 from slideway_inference.fast.codecs import TileError
-from slideway_inference.fast.parts import Part, Parts, put_parts
-from slideway_inference.fast.pyramid import NativeLevel, Pyramid
+from slideway_inference.fast.parts import NativePart, Parts, put_parts
+from slideway_inference.fast.pyramid import NativeLevel, Part, Pyramid
 from slideway_inference.fast.resample import AreaResampler
 from slideway_inference.fast.source import Data
 from slideway_inference.grid import Level, TileGeometry
-from slideway_inference.reader import Bool, Overview, Region, RegionUnreadable, SlideReader, levels_of
+from slideway_inference.reader import (
+    NOT_SCANNED,
+    Bool,
+    Overview,
+    Region,
+    RegionUnreadable,
+    SlideReader,
+    levels_of,
+)
 from slideway_inference.resolution import mpp_of_file
 
 U8 = npt.NDArray[np.uint8]
@@ -36,6 +44,8 @@ the native tiles that they are cut from (parts.py) where those are JPEG and want
 
 _CHUNK, _CHUNK_NATIVES = 32, 128
 """Tiles that a thread works on at a time: so many, or fewer that need so many native ones."""
+_CHUNK_BYTES = 256 << 20
+"""Decoded native tiles of what all threads work on, besides those that are held; and of spare ones."""
 _FIRST_WINDOW, _WINDOW = 2 << 20, 32 << 20
 """Compressed bytes fetched at once; the first window is small, so that decoding starts at once."""
 _WINDOWS = 2
@@ -55,6 +65,10 @@ class Unread:
 
     reason: str
     retry: bool
+
+
+_NOT_SCANNED = Unread(NOT_SCANNED, retry=False)
+"""More than half of the tile is not in the file: lost, or never scanned. White, it would pass for glass."""
 
 
 @dataclass
@@ -160,9 +174,8 @@ class FastReader(SlideReader):
         reduced size where its codec can. Each pixel is the mean over its footprint, of which what was not
         scanned is white; a pixel is unreadable where half of it is."""
         fine = [i for i, level in enumerate(self.levels) if level.width >= width and level.height >= height]
-        native = self.native[max(fine, key=lambda i: self.levels[i].downsample_x) if fine else 0]
-        reduction = _reduction(native, native.width / width, native.height / height)
-        return _overview(native, reduction, width, height, self.threads)
+        index = max(fine, key=lambda i: self.levels[i].downsample_x) if fine else 0
+        return _overview(self.native[: index + 1], width, height, self.threads)
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -399,7 +412,9 @@ class _Run:
         self._taking = threading.Lock()
         self._stop = threading.Event()
         self._fault: BaseException | None = None
-        self._spare: deque[U8] = deque(maxlen=4 * _CHUNK)
+        native = plan.native.tile_width * plan.native.tile_height * 3 // plan.reduction**2
+        self._chunk_natives = max(1, min(_CHUNK_NATIVES, _CHUNK_BYTES // (threads * native)))
+        self._spare: deque[U8] = deque(maxlen=max(1, min(4 * _CHUNK, _CHUNK_BYTES // native)))
 
     def batches(self) -> Iterator[Batch]:
         threads = [threading.Thread(target=self._guard, args=(self._feed,), name="fetch", daemon=True)]
@@ -502,7 +517,7 @@ class _Run:
         """The next chunk of a batch."""
         plan, chunk = self._plan, _Chunk(group, start)
         for place in range(start, min(start + _CHUNK, len(indices))):
-            if len(chunk.own) >= _CHUNK_NATIVES:
+            if len(chunk.own) >= self._chunk_natives:
                 break
             index = indices[place]
             reduction = plan.reductions[index]
@@ -583,7 +598,8 @@ class _Run:
         """Puts a tile into its batch as its parts; where one of them has to be decoded here, or there is no room,
         they are decoded, and it is to be cut as any other."""
         plan = self._plan
-        if all(tile.part is not None or tile.pixels is None for tile in needed):
+        parts = [NativePart(tile.index, tile.part) for tile in needed if tile.part is not None]
+        if len(parts) == len(needed):
             first, last, start, stop = plan.first[index], plan.last[index], plan.start[index], plan.stop[index]
             left, top = first[0] * plan.native.tile_width, first[1] * plan.native.tile_height
             whole = Parts(
@@ -593,20 +609,19 @@ class _Run:
                 height=plan.native.tile_height,
                 box=(start[0] - left, start[1] - top, stop[0] - left, stop[1] - top),
                 copied=plan.copied[index],
-                parts=[Part(tile.index, tile.part) for tile in needed],
+                parts=parts,
             )
             batch.stored[place] = put_parts(whole, batch.tiles[place])
         if batch.stored[place]:
             return True
         for tile in needed:
             with self._decoding:
-                if tile.part is not None and tile.pixels is None and tile.error is None:
+                if tile.data is not None:
                     tile.pixels = _decode(plan.native, tile, 1)
         return False
 
     def _finish(self, index: int, place: int, needed: list[_Native], batch: Batch, resample: AreaResampler) -> None:
-        kept = self._parts and any(tile.part is not None for tile in needed)
-        if kept and all(tile.error is None for tile in needed) and self._keep_parts(index, place, needed, batch):
+        if self._parts and self._keep_parts(index, place, needed, batch):
             return
         for tile in needed:
             if tile.error is not None:
@@ -615,7 +630,7 @@ class _Run:
         out = batch.tiles[place]
         if needed[0].place is not None:
             if needed[0].pixels is None:
-                out[:] = 255
+                batch.unread[place] = _NOT_SCANNED
             return
         plan = self._plan
         (x0, y0), (x1, y1) = plan.low[index], plan.high[index]
@@ -631,6 +646,7 @@ class _Run:
             wide, high = wide // needed[0].reduction, high // needed[0].reduction
         columns = plan.last[index][0] - plan.first[index][0] + 1
         left, top = plan.first[index][0] * wide, plan.first[index][1] * high
+        blank = 0
         for number, tile in enumerate(needed):
             row, column = divmod(number, columns)
             x, y = left + column * wide, top + row * high
@@ -640,10 +656,14 @@ class _Run:
                 break
             xa, ya = max(x0, x), max(y0, y)
             xb, yb = min(x1, x + wide), min(y1, y + high)
-            region[ya - y0 : yb - y0, xa - x0 : xb - x0] = (
-                255 if tile.pixels is None else tile.pixels[ya - y : yb - y, xa - x : xb - x]
-            )
-        if not copied:
+            if tile.pixels is None:
+                region[ya - y0 : yb - y0, xa - x0 : xb - x0] = 255
+                blank += (yb - ya) * (xb - xa)
+            else:
+                region[ya - y0 : yb - y0, xa - x0 : xb - x0] = tile.pixels[ya - y : yb - y, xa - x : xb - x]
+        if 2 * blank > (y1 - y0) * (x1 - x0):
+            batch.unread[place] = _NOT_SCANNED
+        elif not copied:
             assert region is not None
             (left_at, top_at), (right_at, bottom_at) = plan.start[index], plan.stop[index]
             resample(region, (left_at - x0, top_at - y0, right_at - x0, bottom_at - y0), out)
@@ -668,8 +688,14 @@ class _Run:
 # --- the overview ------------------------------------------------------------------------------------------------
 
 
-def _overview(native: NativeLevel, reduction: int, width: int, height: int, threads: int) -> Overview:
-    """Works through rows of native tiles, and each row some thousand pixels at a time."""
+def _overview(
+    levels: Sequence[NativeLevel], width: int, height: int, threads: int, part: Part | None = None
+) -> Overview:
+    """Of the last level or a part of it; those before it are there to draw from. Works through rows of native
+    tiles, and each row some thousand pixels at a time."""
+    native = levels[-1] if part is None else levels[-1].part(part)
+    reduction = _reduction(native, native.width / width, native.height / height)
+    draw = _drawing(levels, part, native.tile_width // reduction, native.tile_height // reduction)
     view = Overview(
         rgb=np.empty((height, width, 3), np.uint8),
         scanned=np.zeros((height, width), np.bool_),
@@ -687,11 +713,14 @@ def _overview(native: NativeLevel, reduction: int, width: int, height: int, thre
             if more > 0:
                 sums, marks = (np.pad(held, ((0, more), (0, 0), (0, 0))) for held in (sums, marks))
             for _, x0, x1 in _spans(native.columns, native.tile_width // reduction, across.length, group):
-                strip, marked = _strip(native, next(strips), reduction, pool)
+                strip, marked = _strip(native, next(strips), reduction, pool, draw)
                 left, columns = across.of(x0, x1)
                 at = slice(first - top, first - top + rows.count), slice(left, left + columns.count)
                 sums[at] += columns.over(rows.over(strip[: y1 - y0, : x1 - x0], 0), 1)
-                marks[at] += rows.over(np.ones((y1 - y0, 1, 1)), 0) * columns.over(marked[:, : x1 - x0], 1)
+                if len(marked) == 1:
+                    marks[at] += rows.over(np.ones((y1 - y0, 1, 1)), 0) * columns.over(marked[:, : x1 - x0], 1)
+                else:
+                    marks[at] += columns.over(rows.over(marked[: y1 - y0, : x1 - x0], 0), 1)
             done = height if row == native.rows - 1 else down.complete(y1)
             rest = done - top
             view.rgb[top:done] = np.minimum(sums[:rest] + 0.5, 255)
@@ -730,24 +759,70 @@ def _fetched(native: NativeLevel, group: int, fetcher: ThreadPoolExecutor) -> It
         yield from under_way[0]
 
 
-def _strip(native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor) -> tuple[U8, U8]:
+def _strip(
+    native: NativeLevel, tiles: list[_Native], reduction: int, pool: ThreadPoolExecutor, draw: _Draw | None
+) -> tuple[U8, U8]:
     """Tiles beside each other: their colours (height, width, 3), white where there are none; and of each column
-    whether it was scanned and whether it is unreadable (1, width, 2)."""
+    whether it was scanned and whether it is unreadable (1, width, 2), or where tiles were drawn, of each pixel
+    (height, width, 2)."""
     wide, high = native.tile_width // reduction, native.tile_height // reduction
+    drawn = draw is not None and any(native.sizes[tile.index] < 0 for tile in tiles)
     strip = np.full((high, wide * len(tiles), 3), 255, np.uint8)
-    marked = np.zeros((1, wide * len(tiles), 2), np.uint8)
+    marked = np.zeros((high if drawn else 1, wide * len(tiles), 2), np.uint8)
 
     def place(number: int) -> None:
-        pixels = _decode(native, tiles[number], reduction)
-        columns = slice(number * wide, (number + 1) * wide)
+        tile, columns = tiles[number], slice(number * wide, (number + 1) * wide)
+        if draw is not None and native.sizes[tile.index] < 0:
+            strip[:, columns], marked[:, columns, 0], marked[:, columns, 1] = draw(tile.index)
+            return
+        pixels = _decode(native, tile, reduction)
         if pixels is not None:
             strip[: pixels.shape[0], columns] = pixels
             marked[:, columns, 0] = 1
-        elif tiles[number].error is not None:
+        elif tile.error is not None:
             marked[:, columns, 1] = 1
 
     list(pool.map(place, range(len(tiles))))
     return strip, marked
+
+
+_Draw = Callable[[int], tuple[U8, Bool, Bool]]
+"""Draws a tile that the level does not have: colours, what was scanned, and what is unreadable."""
+
+
+def _drawing(levels: Sequence[NativeLevel], part: Part | None, width: int, height: int) -> _Draw | None:
+    """What draws tiles of a part of the last level, width × height, from the level before; None where that is no
+    finer, tile by tile, so that a damaged file does not have one tile decoded for each pixel."""
+    if len(levels) < 2:
+        return None
+    fine, coarse = levels[-2:]
+    scale_x, scale_y = fine.width / coarse.width, fine.height / coarse.height
+    if coarse.tile_width * scale_x < fine.tile_width or coarse.tile_height * scale_y < fine.tile_height:
+        return None
+    (left, right), (top, bottom) = fine.under(coarse)
+
+    def draw(index: int) -> tuple[U8, Bool, Bool]:
+        if part is not None:
+            row, column = divmod(index, part.right - part.left)
+            index = (part.top + row) * coarse.columns + part.left + column
+        row, column = divmod(index, coarse.columns)
+        under = Part(int(left[column]), int(top[row]), int(right[column]), int(bottom[row]))
+        x0, x1 = under.left * fine.tile_width, min(under.right * fine.tile_width, fine.width)
+        y0, y1 = under.top * fine.tile_height, min(under.bottom * fine.tile_height, fine.height)
+        across, xs = _seen(x0, x1, column * coarse.tile_width * scale_x, coarse.tile_width * scale_x, width)
+        down, ys = _seen(y0, y1, row * coarse.tile_height * scale_y, coarse.tile_height * scale_y, height)
+        view, at = _overview(levels[:-1], across, down, 1, under), np.ix_(ys, xs)
+        return view.rgb[at], view.scanned[at], view.unreadable[at]
+
+    return draw
+
+
+def _seen(low: int, high: int, start: float, length: float, cells: int) -> tuple[int, npt.NDArray[np.int64]]:
+    """Pixels low…high in how many cells of length / cells, and which of those lie where the `cells` from `start` on
+    do."""
+    count = max(1, min(round((high - low) * cells / length), high - low))
+    middles = start + (np.arange(cells) + 0.5) * length / cells
+    return count, np.clip((middles - low) / (high - low) * count, 0, count - 1).astype(np.int64)
 
 
 @dataclass(frozen=True)

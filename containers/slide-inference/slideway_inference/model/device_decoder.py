@@ -27,8 +27,6 @@ Tiles = npt.NDArray[np.uint8]
 NAME = "nvimagecodec"
 _HELD_BYTES = 1 << 30
 """Decoded native tiles kept on a device for tiles to come: many rows of a slide."""
-_WHITE = 0
-"""The place of what was not scanned."""
 
 
 class DeviceDecoder:
@@ -77,18 +75,13 @@ class DeviceDecoder:
                 self._pools.popitem(last=False)
             pool = self._pools[height, width] = _Pool(height, width, self._held_bytes, self._device)
         self._pools.move_to_end((height, width))
-        wanted = {
-            (tile.stream, part.native): part.data for tile in tiles for part in tile.parts if part.data is not None
-        }
+        wanted = {(tile.stream, part.native): part.data for tile in tiles for part in tile.parts}
         missing = pool.missing(wanted)
         if missing:
             started = time.perf_counter()
             pool.put(missing, self._codec([wanted[key] for key in missing], height, width))
             self.seconds += time.perf_counter() - started
-        return [
-            [_WHITE if part.data is None else pool.places[tile.stream, part.native] for part in tile.parts]
-            for tile in tiles
-        ]
+        return [[pool.places[tile.stream, part.native] for part in tile.parts] for tile in tiles]
 
 
 class _Codec:
@@ -135,11 +128,11 @@ class _Pool:
 
     def __init__(self, height: int, width: int, held_bytes: int, device: torch.device) -> None:
         self.places: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._size = max(2, held_bytes // (height * width * 3))
+        self._size = max(1, held_bytes // (height * width * 3))
         self._shape = (height, width, 3)
         self._device = device
         self._free: list[int] = []
-        self.pixels = torch.full((1, *self._shape), 255, dtype=torch.uint8, device=device)
+        self.pixels = torch.empty((0, *self._shape), dtype=torch.uint8, device=device)
 
     def missing(self, wanted: Mapping[tuple[int, int], Tiles]) -> list[tuple[int, int]]:
         """Those that are not here; those that are will stay for now."""
@@ -147,10 +140,10 @@ class _Pool:
         for key in wanted:
             if key in self.places:
                 self.places.move_to_end(key)
-        room = max(self._size, len(wanted) + 1)
-        while len(self.places) + len(missing) >= room:
+        room = max(self._size, len(wanted))
+        while len(self.places) + len(missing) > room:
             _, place = self.places.popitem(last=False)
-            if place > _WHITE:
+            if place >= 0:
                 self._free.append(place)
         return missing
 
@@ -183,7 +176,7 @@ class _Cuts:
         self.height, self.width = tiles[0].height, tiles[0].width
         rows = max(len(tile.parts) // tile.columns for tile in tiles)
         columns = max(tile.columns for tile in tiles)
-        table = np.full((len(tiles), rows, columns), _WHITE, np.int64)
+        table = np.zeros((len(tiles), rows, columns), np.int64)
         for number, (tile, found) in enumerate(zip(tiles, places, strict=True)):
             table[number, : len(found) // tile.columns, : tile.columns] = np.reshape(found, (-1, tile.columns))
         self.places = torch.from_numpy(table).to(device)
