@@ -105,7 +105,7 @@ class Tiler(Task):
             return None
         if not tileset.young(self._tiling.keep_days):
             return None
-        there = self._store.sizes(place.bucket, place.prefix, requests, below=False)
+        there = self._store.sizes(place.bucket, place.prefix, requests, below=self._tiling.objects)
         return tileset if tileset.whole({key: size for key, (size, _) in there.items()}) else None
 
     def _place(self, shard: Shard, slide: ShardSlide) -> Place:
@@ -157,6 +157,7 @@ class Tiler(Task):
 
     def _document(self, work: SlideWork, packing: _Packing) -> dict[str, Any]:
         ok = int(work.readable.sum())
+        objects = {"count": ok, "bytes": int(packing.packer.length.sum())}
         digests = packing.uploads.digests
         keys = [pack_key(packing.place, packing.identifier, n) for n in range(len(packing.packer.packs))]
         return {
@@ -179,6 +180,7 @@ class Tiler(Task):
                 name: {"bytes": size, "sha256": digests[f"{packing.place.prefix}{name}"]}
                 for name, size in packing.files.items()
             },
+            **({"objects": objects} if self._tiling.objects else {}),
             "createdAt": packing.begun.isoformat(timespec="milliseconds"),
             "madeFor": made_for(work.shard),
             "jobName": self._job.name,

@@ -76,12 +76,14 @@ class PackRef:
 
 @dataclass(frozen=True)
 class Tileset:
-    """What tileset.json says, as far as others need it. `files` are the bytes of what lies beside it."""
+    """What tileset.json says, as far as others need it. `files` are the bytes of what lies beside it, `objects` how
+    many single tiles there are and their bytes together; None where they were not asked for."""
 
     id: str
     place: Place
     packs: tuple[PackRef, ...]
     files: dict[str, int]
+    objects: tuple[int, int] | None
     tiles: dict[str, int]
     created_at: datetime
     made_for: str
@@ -91,7 +93,12 @@ class Tileset:
         """Whether `sizes`, the bytes by key of what is there, has everything."""
         wanted = {pack.key: pack.bytes for pack in self.packs}
         wanted |= {f"{self.place.prefix}{name}": size for name, size in self.files.items()}
-        return all(sizes.get(key) == size for key, size in wanted.items())
+        if any(sizes.get(key) != size for key, size in wanted.items()):
+            return False
+        if not self.document["parameters"]["objects"]:
+            return True
+        objects = [size for key, size in sizes.items() if key.startswith(f"{self.place.prefix}objects/")]
+        return (len(objects), sum(objects)) == self.objects
 
     def young(self, keep_days: int) -> bool:
         """Whether it lasts long enough to be used again."""
@@ -121,6 +128,7 @@ def parse_tileset(text: bytes, bucket: str, prefix: str) -> Tileset:
                 PackRef(str(pack["key"]), int(pack["bytes"]), int(pack["tiles"])) for pack in document["packs"]
             ),
             files={str(name): int(file["bytes"]) for name, file in document["files"].items()},
+            objects=_objects(document.get("objects")),
             tiles={name: int(document["tiles"][name]) for name in ("grid", "kept", "ok", "unreadable")},
             created_at=datetime.fromisoformat(document["createdAt"]),
             made_for=str(document["madeFor"]),
@@ -128,6 +136,10 @@ def parse_tileset(text: bytes, bucket: str, prefix: str) -> Tileset:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TilesetMissing(f"tileset.json is not what the tiler writes: {error}.") from error
+
+
+def _objects(document: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    return None if document is None else (int(document["count"]), int(document["bytes"]))
 
 
 def slide_document(survey: Survey) -> dict[str, Any]:
