@@ -5,8 +5,11 @@ are there already are used again."""
 from __future__ import annotations
 
 import json
+import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +17,14 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from slideway_inference.claims import Claimed, Claims
 from slideway_inference.contracts import Place, Shard, ShardSlide, Tiling
 from slideway_inference.encode import CONTENT_TYPES as TILE_TYPES
 from slideway_inference.encode import encode
 from slideway_inference.errors import ShardInvalid, SlideQuarantined, TilesetMissing, by_name
 from slideway_inference.job import Job, readers_for, work_slides
 from slideway_inference.packs import Packer
-from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles, processors, rounded
+from slideway_inference.pipeline import Answers, Later, Lengths, SlideWork, Task, Tiles, processors, rounded
 from slideway_inference.results import completion, is_done, result_key, write_marker
 from slideway_inference.store import Requests, Store
 from slideway_inference.tileset import (
@@ -41,17 +45,23 @@ from slideway_inference.tileset import (
 from slideway_inference.uploads import SlideUploads, Uploads
 
 _BATCH = 64
+_CLAIM_SECONDS = 180.0
+_LOOKS = 20
+"""How often a slide that another job tiles is looked at within the time after which a claim is stale."""
+_TELL_SECONDS = 60.0
 
 
 def tile(job: Job) -> None:
     """Tiles the job's slides. Raises ShardInvalid, Stopped."""
     store = Store()
     uploads = Uploads(store, job.stop)
+    cores = processors()
+    tiler = Tiler(store, uploads, job, cores)
     try:
-        cores = processors()
-        work_slides(job, store, Tiler(store, uploads, job, cores), readers_for(cores))
+        work_slides(job, store, tiler, readers_for(cores))
     finally:
         uploads.close()
+        tiler.close()
 
 
 class Tiler(Task):
@@ -75,9 +85,17 @@ class Tiler(Task):
         self._uploads = uploads
         self._job = job
         self._tiling = tiling
+        self._claim_seconds = float(os.environ.get("SLIDEWAY_CLAIM_SECONDS") or _CLAIM_SECONDS)
+        self._claims = Claims(store, tiling.place.bucket, job.name, self._claim_seconds)
+        self._waits: dict[str, _Wait] = {}
+
+    def close(self) -> None:
+        """Leaves the slides that it has not tiled to others."""
+        self._claims.close()
 
     def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
-        """A quarantine holds for every attempt of the run, a tileset for every run."""
+        """A quarantine holds for every attempt of the run, a tileset for every run. A slide that another job tiles
+        comes again later."""
         key = result_key(shard, slide, "complete.json")
         previous = self._store.get_if_there(shard.output_bucket, key, requests)
         if previous is not None and is_done(previous, shard, slide) == "QUARANTINED":
@@ -87,12 +105,31 @@ class Tiler(Task):
                 shard, slide, tiled_document(slide, None, reused=False, error=error, state="QUARANTINED"), requests
             )
             return "QUARANTINED"
-        tileset = self._usable(shard, slide, requests)
+        tileset = self._usable(shard, slide, requests) or self._claim(shard, slide, requests)
         if tileset is None:
             return None
         reused = tileset.made_for != made_for(shard)
         self._tell(shard, slide, tiled_document(slide, tileset, reused=reused, error=None, state="TILED"), requests)
         return "TILED"
+
+    def _claim(self, shard: Shard, slide: ShardSlide, requests: Requests) -> Tileset | None:
+        """Claims the slide's tileset for this job. Where who claimed it before has made it, that. Raises Later."""
+        key = f"{self._place(shard, slide).prefix}claim.json"
+        try:
+            before = self._claims.take(key, slide.slide_id, requests)
+        except Claimed as claimed:
+            wait = self._waits.setdefault(slide.slide_id, _Wait())
+            seconds = time.monotonic() - wait.since
+            if seconds >= wait.told:
+                wait.told = seconds + _TELL_SECONDS
+                self._job.log.event(
+                    "slide-waits", slideId=slide.slide_id, holder=claimed.holder, seconds=round(seconds, 1)
+                )
+            raise Later(self._claim_seconds / _LOOKS) from None
+        tileset = self._usable(shard, slide, requests) if before else None
+        if tileset is not None:
+            self._claims.free(slide.slide_id)
+        return tileset
 
     def _usable(self, shard: Shard, slide: ShardSlide, requests: Requests) -> Tileset | None:
         place = self._place(shard, slide)
@@ -140,6 +177,12 @@ class Tiler(Task):
         packing.uploads.wait()
 
     def complete(self, work: SlideWork) -> None:
+        try:
+            self._complete(work)
+        finally:
+            self._claims.free(work.slide.slide_id)
+
+    def _complete(self, work: SlideWork) -> None:
         if work.error is not None:
             self._give_up(work)
             return
@@ -209,6 +252,14 @@ class Tiler(Task):
         state = "QUARANTINED" if isinstance(work.error, SlideQuarantined) else "FAILED"
         told = tiled_document(work.slide, None, reused=False, error=work.error, state=state)
         self._tell(work.shard, work.slide, told, work.requests)
+
+
+@dataclass
+class _Wait:
+    """For another job's tiling: since when, and from which second on it is told again."""
+
+    since: float = field(default_factory=time.monotonic)
+    told: float = 0.0
 
 
 class _Encoder:
