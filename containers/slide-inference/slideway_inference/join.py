@@ -233,8 +233,8 @@ class _Joiner:
         with self._listing:
             if place not in self._outputs:
                 found: dict[str, list[str]] = {}
-                sizes = self._store.sizes(place.bucket, place.prefix, joined.requests)
-                for key in sorted(sizes, key=lambda key: sizes[key][1], reverse=True):
+                there = self._store.listed(place.bucket, place.prefix, joined.requests)
+                for key in sorted(there, key=lambda key: there[key].written, reverse=True):
                     if key.endswith(_OUTPUT):
                         found.setdefault(PurePosixPath(key).name.removesuffix(_OUTPUT), []).append(key)
                 self._outputs[place] = found

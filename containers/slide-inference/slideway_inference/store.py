@@ -67,6 +67,15 @@ def s3_client(streams: int) -> Any:  # noqa: ANN401
 
 
 @dataclass(frozen=True)
+class Listed:
+    """What a listing tells of an object."""
+
+    bytes: int
+    written: datetime
+    etag: str
+
+
+@dataclass(frozen=True)
 class Found:
     """An object, and the seconds since it was written, by S3's own clock."""
 
@@ -116,19 +125,17 @@ class Store:
 
         return _with_retries(get, stop, "Silver")
 
-    def sizes(
-        self, bucket: str, prefix: str, requests: Requests, *, below: bool = True
-    ) -> dict[str, tuple[int, datetime]]:
-        """Keys that begin with `prefix`: bytes, and when they were written. Not `below`: those alone that have no
-        further slash. Raises SlideFetchFailed."""
-        found: dict[str, tuple[int, datetime]] = {}
+    def listed(self, bucket: str, prefix: str, requests: Requests, *, below: bool = True) -> dict[str, Listed]:
+        """The objects whose keys begin with `prefix`, by key. Not `below`: those alone that have no further slash.
+        Raises SlideFetchFailed."""
+        found: dict[str, Listed] = {}
         following: dict[str, str] = {} if below else {"Delimiter": "/"}
         try:
             while True:
                 requests.count(put=1)  # a list costs what a put does
                 answer = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **following)
                 for entry in answer.get("Contents", ()):
-                    found[entry["Key"]] = (int(entry["Size"]), entry["LastModified"])
+                    found[entry["Key"]] = Listed(int(entry["Size"]), entry["LastModified"], entry["ETag"])
                 if not answer.get("IsTruncated"):
                     return found
                 following["ContinuationToken"] = answer["NextContinuationToken"]
@@ -137,11 +144,12 @@ class Store:
         except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
             raise SlideFetchFailed(f"Listing its objects in Silver failed: {type(error).__name__}.") from error
 
-    def put(self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests) -> None:
-        """Raises OutputFailed."""
+    def put(self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests) -> str:
+        """The object's ETag. Raises OutputFailed."""
         requests.count(put=1)
         with _writing(key):
-            self._client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
+            answer = self._client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
+        return str(answer["ETag"])
 
     def put_if(
         self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests, etag: str | None

@@ -142,8 +142,8 @@ class Tiler(Task):
             return None
         if not tileset.young(self._tiling.keep_days):
             return None
-        there = self._store.sizes(place.bucket, place.prefix, requests, below=self._tiling.objects)
-        return tileset if tileset.whole({key: size for key, (size, _) in there.items()}) else None
+        there = self._store.listed(place.bucket, place.prefix, requests, below=self._tiling.objects)
+        return tileset if tileset.whole(there) else None
 
     def _place(self, shard: Shard, slide: ShardSlide) -> Place:
         return Place(self._tiling.place.bucket, f"{self._tiling.place.prefix}{tileset_id(shard, slide)}/")
@@ -201,7 +201,7 @@ class Tiler(Task):
     def _document(self, work: SlideWork, packing: _Packing) -> dict[str, Any]:
         ok = int(work.readable.sum())
         objects = {"count": ok, "bytes": int(packing.packer.length.sum())}
-        digests = packing.uploads.digests
+        written = packing.uploads.written
         keys = [pack_key(packing.place, packing.identifier, n) for n in range(len(packing.packer.packs))]
         return {
             "tilesetId": packing.identifier,
@@ -216,11 +216,11 @@ class Tiler(Task):
                 "passedThrough": packing.passed_through,
             },
             "packs": [
-                {"key": key, "bytes": pack.bytes, "tiles": pack.tiles, "sha256": digests[key]}
+                {"key": key, "bytes": pack.bytes, "tiles": pack.tiles, **written[key]}
                 for key, pack in zip(keys, packing.packer.packs, strict=True)
             ],
             "files": {
-                name: {"bytes": size, "sha256": digests[f"{packing.place.prefix}{name}"]}
+                name: {"bytes": size, **written[f"{packing.place.prefix}{name}"]}
                 for name, size in packing.files.items()
             },
             **({"objects": objects} if self._tiling.objects else {}),

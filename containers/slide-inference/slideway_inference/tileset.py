@@ -20,6 +20,7 @@ from slideway_inference.errors import SlidewayError, TilesetMissing
 from slideway_inference.grid import TileGeometry
 from slideway_inference.packs import Packer
 from slideway_inference.parquet import Column, read_plain, write_plain
+from slideway_inference.store import Listed
 from slideway_inference.survey import Survey
 
 TILER = 1
@@ -89,15 +90,17 @@ class Tileset:
     made_for: str
     document: Mapping[str, Any]
 
-    def whole(self, sizes: Mapping[str, int]) -> bool:
-        """Whether `sizes`, the bytes by key of what is there, has everything."""
-        wanted = {pack.key: pack.bytes for pack in self.packs}
-        wanted |= {f"{self.place.prefix}{name}": size for name, size in self.files.items()}
-        if any(sizes.get(key) != size for key, size in wanted.items()):
-            return False
-        if not self.document["parameters"]["objects"]:
+    def whole(self, there: Mapping[str, Listed]) -> bool:
+        """Whether `there`, what is listed by key, has everything as it was written. The ETag tells of an object
+        that was written over, also with as many bytes."""
+        beside = {f"{self.place.prefix}{name}": told for name, told in self.document["files"].items()}
+        for key, told in ({pack["key"]: pack for pack in self.document["packs"]} | beside).items():
+            found = there.get(key)
+            if found is None or (found.bytes, found.etag) != (told["bytes"], told.get("etag", found.etag)):
+                return False
+        if self.objects is None:
             return True
-        objects = [size for key, size in sizes.items() if key.startswith(f"{self.place.prefix}objects/")]
+        objects = [found.bytes for key, found in there.items() if key.startswith(f"{self.place.prefix}objects/")]
         return (len(objects), sum(objects)) == self.objects
 
     def young(self, keep_days: int) -> bool:
@@ -128,7 +131,7 @@ def parse_tileset(text: bytes, bucket: str, prefix: str) -> Tileset:
                 PackRef(str(pack["key"]), int(pack["bytes"]), int(pack["tiles"])) for pack in document["packs"]
             ),
             files={str(name): int(file["bytes"]) for name, file in document["files"].items()},
-            objects=_objects(document.get("objects")),
+            objects=_objects(document),
             tiles={name: int(document["tiles"][name]) for name in ("grid", "kept", "ok", "unreadable")},
             created_at=datetime.fromisoformat(document["createdAt"]),
             made_for=str(document["madeFor"]),
@@ -138,8 +141,11 @@ def parse_tileset(text: bytes, bucket: str, prefix: str) -> Tileset:
         raise TilesetMissing(f"tileset.json is not what the tiler writes: {error}.") from error
 
 
-def _objects(document: Mapping[str, Any] | None) -> tuple[int, int] | None:
-    return None if document is None else (int(document["count"]), int(document["bytes"]))
+def _objects(document: Mapping[str, Any]) -> tuple[int, int] | None:
+    if not document["parameters"]["objects"]:
+        return None
+    told = document.get("objects", {"count": -1, "bytes": -1})  # made before they were counted: never whole
+    return int(told["count"]), int(told["bytes"])
 
 
 def slide_document(survey: Survey) -> dict[str, Any]:

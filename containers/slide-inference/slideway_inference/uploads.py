@@ -38,10 +38,11 @@ class Uploads:
             failed: Exception | None = None
             try:
                 if own.failed is None:  # of a slide that has failed nothing more is needed
-                    if digest:
-                        own.digests[key] = hashlib.sha256(body).hexdigest()
+                    sha256 = hashlib.sha256(body).hexdigest() if digest else ""
                     with own.watch:
-                        self.store.put(own.bucket, key, body, content_type, own.requests)
+                        etag = self.store.put(own.bucket, key, body, content_type, own.requests)
+                    if digest:
+                        own.written[key] = {"sha256": sha256, "etag": etag}
             except Exception as error:
                 failed = error
             finally:
@@ -62,13 +63,13 @@ class Uploads:
 
 class SlideUploads:
     """One slide's objects in one bucket, put by several threads. The first that fails is told by the next call.
-    `digests` has the SHA-256, by key, of those for which it was asked."""
+    `written` has, by key, the SHA-256 and the ETag of those for which it was asked."""
 
     def __init__(self, uploads: Uploads, bucket: str, requests: Requests) -> None:
         self.bucket = bucket
         self.requests = requests
         self.watch = Watch()
-        self.digests: dict[str, str] = {}
+        self.written: dict[str, dict[str, str]] = {}
         self.failed: Exception | None = None
         self._uploads = uploads
         self._running = 0

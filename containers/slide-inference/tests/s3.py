@@ -125,6 +125,7 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             left = [key for key in keys if key > after]
             entries = [
                 f"<Contents><Key>{key}</Key><Size>{len(s3.objects[bucket, key])}</Size>"
+                f"<ETag>{_etag(s3.objects[bucket, key])}</ETag>"
                 f"<LastModified>{self._time(bucket, key)}</LastModified></Contents>"
                 for key in left[: s3.page]
             ]

@@ -355,9 +355,11 @@ def test_tilesets_are_used_again_while_they_are_whole_and_young(job: Job, tmp_pa
     assert again(**shard_fields(quality=80))[1].told["tileset"]["id"] != first.told["tileset"]["id"]
 
     pack = first.told["packs"][0]["key"]
-    job.s3.objects["silver", pack] = b"short"
-    assert not again()[0].named("slide-skipped")
-    assert job.s3.objects["silver", pack] == before["silver", pack]
+    whole = before["silver", pack]
+    for spoiled in (b"short", whole[:600] + b"#" + whole[601:]):
+        job.s3.objects["silver", pack] = spoiled
+        assert not again()[0].named("slide-skipped")
+        assert job.s3.objects["silver", pack] == whole
 
     old = json.loads(first.object("tileset.json"))
     old["createdAt"] = "2020-01-01T00:00:00.000+00:00"
