@@ -12,6 +12,8 @@ from slideway_inference.errors import ModelFormatNotSupported
 from slideway_inference.survey import Survey
 
 _CHUNK_BYTES = 1 << 18
+_SLICE_CHUNKS = 64
+"""Written at once: the readable tiles' rows are never all in memory a second time."""
 
 
 def features_h5(
@@ -43,15 +45,21 @@ def features_h5(
         "level0_width": survey.width,
         "level0_height": survey.height,
     }
+    tiles = np.flatnonzero(readable)
     out = io.BytesIO()
     with h5py.File(out, "w") as file:
-        for key, rows, attributes in (
-            ("features", np.ascontiguousarray(values[readable], np.float32), {**about, "encoder": encoder}),
-            ("coords", survey.positions[readable].astype(np.int64), coords),
+        for key, rows, dtype, attributes in (
+            ("features", values, np.float32, {**about, "encoder": encoder}),
+            ("coords", survey.positions, np.int64, coords),
         ):
             width = rows.shape[1]
-            chunks = (max(1, min(len(rows), _CHUNK_BYTES // (width * rows.itemsize))), width)
-            dataset = file.create_dataset(key, data=rows, maxshape=(None, width), chunks=chunks)
+            chunk = max(1, min(len(tiles), _CHUNK_BYTES // (width * np.dtype(dtype).itemsize)))
+            dataset = file.create_dataset(
+                key, (len(tiles), width), dtype, maxshape=(None, width), chunks=(chunk, width)
+            )
+            for first in range(0, len(tiles), chunk * _SLICE_CHUNKS):
+                part = tiles[first : first + chunk * _SLICE_CHUNKS]
+                dataset[first : first + len(part)] = rows[part].astype(dtype, copy=False)
             dataset.attrs.update(attributes)
     return out.getvalue()
 

@@ -27,7 +27,9 @@ from slideway_inference.errors import (
 )
 from slideway_inference.features import import_h5py
 from slideway_inference.job import Job
+from slideway_inference.memory import Room, memory_limit
 from slideway_inference.model import Head, ModelSpec, open_package
+from slideway_inference.parquet import Column
 from slideway_inference.pipeline import PROGRESS_SECONDS, SlideWork, check_readable, shares, tell_end, tell_progress
 from slideway_inference.remote import Watch
 from slideway_inference.results import Written, completion, is_done, result_key, write_marker, write_slide
@@ -45,7 +47,10 @@ from slideway_inference.tileset import (
 )
 
 _SLIDES = 2
-"""Slides at once: one is written while another comes."""
+"""Slides at once, as far as memory goes: one is written while another comes."""
+_MEMORY_SHARE = 0.6
+_COPIES = 2.5
+"""Of a slide's numbers in memory: themselves, the file that is being written, and what is on its way there."""
 _STREAMS = 8
 _CHUNK = 1 << 20
 _POLL = 0.2
@@ -85,6 +90,7 @@ class _Joiner:
         self._model = model
         self._head = head
         self._packs = packs
+        self._room = Room(memory_limit(_MEMORY_SHARE))
         self._outputs: dict[Place, dict[str, list[str]]] = {}
         self._listing = threading.Lock()
 
@@ -111,21 +117,14 @@ class _Joiner:
                 self._job.log.event("slide-skipped", slideId=slide.slide_id, state=ended)
                 return
             self._job.log.event("slide-started", slideId=slide.slide_id)
-            self._fill(joined)
-            check_readable(joined.readable)
-            written = time.monotonic()
-            joined.written = write_slide(
-                self._store,
-                shard,
-                slide,
-                self._model,
-                self._head,
-                joined.surveyed,
-                joined.readable,
-                joined.values,
-                joined.requests,
-            )
-            joined.timings["write"] = time.monotonic() - written
+            watch = Watch()
+            tileset = self._tileset(joined, watch)
+            columns = self._survey(joined, tileset, watch)
+            numbers = len(joined.readable) * len(self._model.outputs) * np.dtype(np.float32).itemsize
+            with self._room.held(int(_COPIES * numbers), self._check_stop):
+                values = self._fill(joined, tileset, columns, watch)
+                self._write(joined, values)
+                del values
         except Stopped:
             raise
         except Exception as error:
@@ -157,10 +156,24 @@ class _Joiner:
             return tiled.state
         raise error
 
-    def _fill(self, joined: _Joined) -> None:
-        """Gets the tileset and its predictions."""
-        watch = Watch()
-        tileset = self._tileset(joined, watch)
+    def _write(self, joined: _Joined, values: npt.NDArray[np.float32]) -> None:
+        check_readable(joined.readable)
+        began = time.monotonic()
+        joined.written = write_slide(
+            self._store,
+            joined.shard,
+            joined.slide,
+            self._model,
+            self._head,
+            joined.surveyed,
+            joined.readable,
+            values,
+            joined.requests,
+        )
+        joined.timings["write"] = time.monotonic() - began
+
+    def _survey(self, joined: _Joined, tileset: Tileset, watch: Watch) -> dict[str, Column]:
+        """Gets all of the tileset but its packs; the index's columns."""
         columns = read_index(self._part(joined, tileset, "index.parquet", watch))
         joined.survey = tileset.survey(
             joined.slide,
@@ -169,12 +182,18 @@ class _Joiner:
             self._part(joined, tileset, "thumbnail.jpg", watch),
         )
         joined.readable = np.array([status == "ok" for status in columns["status"]], np.bool_)
-        joined.values = np.full((len(joined.readable), len(self._model.outputs)), np.nan, np.float32)
-        names = tile_names(joined.survey.positions)
+        return columns
+
+    def _fill(
+        self, joined: _Joined, tileset: Tileset, columns: dict[str, Column], watch: Watch
+    ) -> npt.NDArray[np.float32]:
+        """Gets the predictions: `values` (n, outputs) that go with `readable`, NaN where there is none."""
+        values = np.full((len(joined.readable), len(self._model.outputs)), np.nan, np.float32)
+        names = tile_names(joined.surveyed.positions)
         processor = time.thread_time()
         outputs = self._listed(joined)
         running = [
-            self._packs.submit(self._pack, joined, pack, rows, [names[row] for row in rows], outputs, watch)
+            self._packs.submit(self._pack, joined, values, pack, rows, [names[row] for row in rows], outputs, watch)
             for pack, rows in zip(tileset.packs, rows_by_pack(columns, tileset.packs), strict=True)
         ]
         try:
@@ -185,6 +204,7 @@ class _Joiner:
                 future.cancel()
             joined.timings["join"] += time.thread_time() - processor
             joined.timings["fetch"] = watch.seconds
+        return values
 
     def _tileset(self, joined: _Joined, watch: Watch) -> Tileset:
         assert joined.tiled is not None
@@ -213,8 +233,8 @@ class _Joiner:
         with self._listing:
             if place not in self._outputs:
                 found: dict[str, list[str]] = {}
-                sizes = self._store.sizes(place.bucket, place.prefix, joined.requests)
-                for key in sorted(sizes, key=lambda key: sizes[key][1], reverse=True):
+                there = self._store.listed(place.bucket, place.prefix, joined.requests)
+                for key in sorted(there, key=lambda key: there[key].written, reverse=True):
                     if key.endswith(_OUTPUT):
                         found.setdefault(PurePosixPath(key).name.removesuffix(_OUTPUT), []).append(key)
                 self._outputs[place] = found
@@ -223,6 +243,7 @@ class _Joiner:
     def _pack(
         self,
         joined: _Joined,
+        values: npt.NDArray[np.float32],
         pack: PackRef,
         rows: npt.NDArray[np.intp],
         names: Sequence[str],
@@ -238,7 +259,7 @@ class _Joiner:
         failed: PackFailed | None = None
         for key in outputs.get(base, ()):
             self._check_stop()
-            reader = _Lines(names, rows, len(self._model.outputs), joined)
+            reader = _Lines(names, rows, values, joined.readable)
             try:
                 with watch:
                     self._store.stream(bucket, key, joined.requests, self._job.stop, reader.take)
@@ -286,12 +307,11 @@ class _Joiner:
 
 @dataclass
 class _Joined(SlideWork):
-    """A slide that is joined. `values` (n, outputs) go with `readable`."""
+    """A slide that is joined."""
 
     timings: dict[str, float] = field(default_factory=lambda: {"fetch": 0.0, "join": 0.0, "write": 0.0})
     tiled: Tiled | None = None
     tileset: Tileset | None = None
-    values: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     written: Written = field(default_factory=Written)
     started: float = field(default_factory=time.monotonic)
     progress_at: float = field(default_factory=time.monotonic)
@@ -309,12 +329,19 @@ class _Joined(SlideWork):
 class _Lines:
     """Reads the lines of one pack's predictions into its slide's arrays."""
 
-    def __init__(self, names: Sequence[str], rows: npt.NDArray[np.intp], outputs: int, joined: _Joined) -> None:
-        """`names` (n,) are the pack's tiles in their order, `rows` (n,) which of the slide's they are."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        rows: npt.NDArray[np.intp],
+        values: npt.NDArray[np.float32],
+        readable: npt.NDArray[np.bool_],
+    ) -> None:
+        """`names` (n,) are the pack's tiles in their order, `rows` (n,) which of the slide's they are; `values`
+        (m, outputs) and `readable` (m,) are the slide's."""
         self._names = names
         self._rows = rows
-        self._outputs = outputs
-        self._joined = joined
+        self._values = values
+        self._readable = readable
 
     def take(self, body: Any) -> None:  # noqa: ANN401
         """Raises PackFailed where the lines are not those of the pack, ModelError where the model failed."""
@@ -339,14 +366,15 @@ class _Lines:
         if tile != name:
             raise PackFailed(f"line {place + 1} is for tile {str(tile)[:_TEXT]} where {name} was asked for.")
         if error is not None:
-            self._joined.readable[row] = False
+            self._readable[row] = False
             if not isinstance(error, dict) or error.get("error") != "TileUnreadable":
                 message = error.get("message") if isinstance(error, dict) else error
                 raise ModelError(f"Tile {name}: {str(message)[:_TEXT]}")
             return
-        if not isinstance(values, list) or len(values) != self._outputs:
+        outputs = self._values.shape[1]
+        if not isinstance(values, list) or len(values) != outputs:
             found = len(values) if isinstance(values, list) else "no"
-            raise ModelError(f"The model answered with {found} numbers for tile {name}, not {self._outputs}.")
+            raise ModelError(f"The model answered with {found} numbers for tile {name}, not {outputs}.")
         try:
             with np.errstate(over="ignore"):  # what is too large becomes infinite, and is told below
                 numbers = np.array(values, np.float64).astype(np.float32)
@@ -354,7 +382,7 @@ class _Lines:
             raise ModelError(f"The model answered with something else than numbers for tile {name}.") from reason
         if not np.isfinite(numbers).all():
             raise ModelError("The model answered with numbers that are not finite.")
-        self._joined.values[row] = numbers
+        self._values[row] = numbers
 
 
 def _state_of(marker: bytes) -> tuple[str, str] | None:

@@ -15,6 +15,10 @@ import numpy.typing as npt
 Column = npt.NDArray[np.int32] | npt.NDArray[np.int64] | npt.NDArray[np.float32] | Sequence[str]
 
 _PAGE_ROWS = 1 << 20
+_GROUP_BYTES = 16 << 20
+"""Of a row group with pyarrow, at most: so much is copied at once."""
+_TEXT_BYTES = 8
+"""What a text counts for."""
 _INT32, _INT64, _FLOAT, _BYTE_ARRAY = 1, 2, 4, 6
 _KINDS: dict[np.dtype[Any], int] = {
     np.dtype(np.int32): _INT32,
@@ -36,18 +40,29 @@ def write_parquet(columns: Mapping[str, Column], metadata: Mapping[str, str]) ->
         np.dtype(np.int64): pyarrow.int64(),
         np.dtype(np.float32): pyarrow.float32(),
     }
-    fields, arrays = [], []
-    for name, column in columns.items():
-        kind = types[column.dtype] if isinstance(column, np.ndarray) else pyarrow.string()
-        fields.append(pyarrow.field(name, kind, nullable=False))
-        arrays.append(pyarrow.array(column, kind))
+    kinds = {
+        name: types[column.dtype] if isinstance(column, np.ndarray) else pyarrow.string()
+        for name, column in columns.items()
+    }
+    fields = [pyarrow.field(name, kind, nullable=False) for name, kind in kinds.items()]
     schema = pyarrow.schema(fields, metadata=dict(sorted(metadata.items())))
     target = io.BytesIO()
     # A dictionary of floats holds nearly every one of them, and each row its place in it besides.
     words = [name for name, column in columns.items() if not isinstance(column, np.ndarray)]
-    table = pyarrow.Table.from_arrays(arrays, schema=schema)
-    parquet.write_table(table, target, compression="zstd", use_dictionary=words)
+    rows = len(next(iter(columns.values())))
+    step = _rows_of_a_group(columns)
+    with parquet.ParquetWriter(target, schema, compression="zstd", use_dictionary=words) as writer:
+        for first in range(0, max(rows, 1), step):
+            arrays = [pyarrow.array(column[first : first + step], kinds[name]) for name, column in columns.items()]
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
     return target.getvalue()
+
+
+def _rows_of_a_group(columns: Mapping[str, Column]) -> int:
+    width = sum(
+        column.dtype.itemsize if isinstance(column, np.ndarray) else _TEXT_BYTES for column in columns.values()
+    )
+    return max(1, min(_PAGE_ROWS, _GROUP_BYTES // width))
 
 
 def write_plain(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> bytes:
@@ -93,7 +108,8 @@ def write_plain(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> b
         (5, _list(12, pairs)),
         (6, "slideway"),
     )
-    return bytes(out + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    out += footer + struct.pack("<I", len(footer)) + b"PAR1"
+    return bytes(out)
 
 
 def _kind(column: Column) -> int:

@@ -23,7 +23,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +62,14 @@ _POLL = 0.2
 PROGRESS_SECONDS = 1.0
 
 T = TypeVar("T")
+
+
+class Later(Exception):
+    """A slide is not to be worked on now. It comes again after all others, no sooner than after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
 
 
 @dataclass
@@ -173,7 +181,8 @@ class Task(ABC):
 
     @abstractmethod
     def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
-        """The state of an earlier attempt that still holds; None when the slide is to be worked on."""
+        """The state of an earlier attempt that still holds; None when the slide is to be worked on. Raises Later
+        when it is not to be now."""
 
     @abstractmethod
     def begin(self, work: SlideWork) -> Target:
@@ -190,8 +199,9 @@ class Task(ABC):
 
 @dataclass
 class _Work(SlideWork):
-    """`todo` are the tiles to read from disk."""
+    """`todo` are the tiles to read from disk; it is not begun before `not_before`."""
 
+    not_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     lane: ReaderProcess | None = None
     path: Path | None = None
@@ -307,7 +317,7 @@ class Pipeline:
         """Works through all slides. Raises Stopped when told to stop, ModelHangs."""
         slides = [(shard, slide) for shard in shards for slide in shard.slides]
         self._left = len(slides)
-        works = iter([_Work(*pair, self._scratch / f"slide-{number}") for number, pair in enumerate(slides)])
+        works = deque(_Work(*pair, self._scratch / f"slide-{number}") for number, pair in enumerate(slides))
         prepare = [self._thread(f"prepare-{i}", self._prepare_all, works) for i in range(_PREPARING)]
         feed = self._thread("feed", self._feed)
         again = self._thread("again", self._prepare_again)
@@ -350,17 +360,22 @@ class Pipeline:
 
     # --- prepare -----------------------------------------------------------------------------------------------
 
-    def _prepare_all(self, works: Iterator[_Work]) -> None:
+    def _prepare_all(self, works: deque[_Work]) -> None:
         while True:
             with self._lock:
-                work = next(works, None)
+                work = works.popleft() if works else None
             if work is None:
                 return
+            self._stop.wait(max(0.0, work.not_before - time.monotonic()))
             self._check_stop()
             try:
                 ready = self._prepare(work)
             except Stopped:
                 raise
+            except Later as later:
+                work.not_before = time.monotonic() + later.seconds
+                works.append(work)
+                continue
             except Exception as error:
                 self._fail(work, error)
                 self._finish(work)

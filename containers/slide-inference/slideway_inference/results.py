@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,11 +75,11 @@ def tiles_parquet(
     values: npt.NDArray[np.float32],
     attention: npt.NDArray[np.float32] | None = None,
 ) -> bytes:
-    """`readable` (n,), `values` (n, outputs) and a head's `attention` (n,) go with the survey's positions; what is
-    unreadable becomes NaN."""
+    """`readable` (n,), `values` (n, outputs; of unreadable tiles NaN) and a head's `attention` (n,) go with the
+    survey's positions."""
     columns = tile_columns(survey, readable)
     for index, column in enumerate(model.columns):
-        columns[column] = np.where(readable, values[:, index], np.float32(np.nan))
+        columns[column] = values[:, index]
     if attention is not None:
         columns["attention"] = attention
     metadata = {
@@ -105,7 +105,7 @@ def completion(
     error: SlidewayError | None,
     survey: Survey | None,
     readable: npt.NDArray[np.bool_] | None,
-    files: Mapping[str, bytes],
+    files: Mapping[str, Mapping[str, Any]],
     timings: Mapping[str, float],
     bound: Mapping[str, float],
     requests: Requests,
@@ -148,10 +148,7 @@ def completion(
         if head is not None:
             marker["head"] = dict(head)
     marker |= {
-        "outputs": {
-            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-            for name, data in sorted(files.items())
-        },
+        "outputs": {name: dict(told) for name, told in sorted(files.items())},
         "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
         "bound": dict(bound),
         "requests": {"get": requests.get, "put": requests.put + 1},
@@ -179,9 +176,9 @@ def is_done(previous: bytes, shard: Shard, slide: ShardSlide) -> str | None:
 
 @dataclass(frozen=True)
 class Written:
-    """What of a slide lies in Silver, name to bytes, and what complete.json says of its head, where it answered."""
+    """What complete.json says of a slide's files in Silver, by name, and of its head, where it answered."""
 
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     head: dict[str, Any] | None = None
 
 
@@ -197,12 +194,16 @@ def write_slide(
     requests: Requests,
 ) -> Written:
     """Leaves in Silver what the model made of a slide's tiles, all but the marker. `head` is the package's, loaded.
-    The arrays go with the survey's positions; `values` of unreadable tiles are not looked at. Raises OutputFailed,
-    and ModelError of the head."""
-    made = slide_files(shard, slide, model, head, survey, readable, values)
-    for name, data in sorted(made.files.items()):
+    The arrays go with the survey's positions; `values` of unreadable tiles are not looked at, and become NaN. Of
+    what is written one file at a time is in memory. Raises OutputFailed, and ModelError of the head."""
+    files, answered = slide_files(shard, slide, model, head, survey, readable, values)
+    written = Written(head=answered)
+    for name, make in sorted(files.items()):
+        data = make()
         store.put(shard.output_bucket, result_key(shard, slide, name), data, CONTENT_TYPES[name], requests)
-    return made
+        written.files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        del data  # before the next is made
+    return written
 
 
 def slide_files(
@@ -213,27 +214,28 @@ def slide_files(
     survey: Survey,
     readable: npt.NDArray[np.bool_],
     values: npt.NDArray[np.float32],
-) -> Written:
-    """What `write_slide` writes. Raises ModelError."""
-    answer = head.run(values[readable]) if head is not None and readable.any() else None
-    attention = None
+) -> tuple[dict[str, Callable[[], bytes]], dict[str, Any] | None]:
+    """What `write_slide` writes: what makes each file, by name, and what complete.json says of the head. Raises
+    ModelError."""
+    values[~readable] = np.nan
+    answer = attention = None
+    if head is not None and readable.any():
+        answer = head.run(values if readable.all() else values[readable])
     if head is not None and head.spec.attention:
         attention = np.full(len(readable), np.nan, np.float32)
         if answer is not None:
             attention[readable] = answer.attention
-    files = {
-        "tiles.parquet": tiles_parquet(shard, slide, model, survey, readable, values, attention),
-        "tissue.geojson": survey.geojson,
-        "thumbnail.jpg": survey.thumbnail,
+    files: dict[str, Callable[[], bytes]] = {
+        "tiles.parquet": lambda: tiles_parquet(shard, slide, model, survey, readable, values, attention),
+        "tissue.geojson": lambda: survey.geojson,
+        "thumbnail.jpg": lambda: survey.thumbnail,
     }
     if model.task == "embedding":
         folder = result_key(shard, slide, "")
-        files["features.h5"] = features_h5(slide.slide_id, model.name, survey, readable, values, folder)
+        files["features.h5"] = lambda: features_h5(slide.slide_id, model.name, survey, readable, values, folder)
     if head is None or answer is None:
-        return Written(files)
-    return Written(
-        files, {"task": head.spec.task, "outputs": answer.outputs, "tiles": int(np.count_nonzero(readable))}
-    )
+        return files, None
+    return files, {"task": head.spec.task, "outputs": answer.outputs, "tiles": int(np.count_nonzero(readable))}
 
 
 def write_marker(

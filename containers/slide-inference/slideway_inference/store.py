@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -26,6 +28,8 @@ _PART_BYTES = 16 << 20
 _STREAMS = 8
 _ATTEMPTS = 5
 _MISSING = {"404", "NoSuchKey", "NotFound"}
+_OUTRUN = {"412", "409", "404", "PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}
+"""What a conditional put answers where another was first."""
 _NO_SPACE = 28
 
 T = TypeVar("T")
@@ -62,22 +66,50 @@ def s3_client(streams: int) -> Any:  # noqa: ANN401
     )
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a listing tells of an object."""
+
+    bytes: int
+    written: datetime
+    etag: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object, and the seconds since it was written, by S3's own clock."""
+
+    body: bytes
+    etag: str
+    age: float
+
+
 class Store:
     def __init__(self) -> None:
         self._client = s3_client(_STREAMS)
+        self._conditions = threading.local()
+        # boto3 before 1.35 has no parameters for conditional puts.
+        self._client.meta.events.register("before-call.s3.PutObject", self._add_condition)
 
     def get_if_there(self, bucket: str, key: str, requests: Requests) -> bytes | None:
         """The object, or None when there is none. Raises SlideFetchFailed."""
+        found = self.find(bucket, key, requests)
+        return None if found is None else found.body
 
-        def get() -> bytes | None:
+    def find(self, bucket: str, key: str, requests: Requests) -> Found | None:
+        """As `get_if_there`, with what else S3 tells."""
+
+        def get() -> Found | None:
             requests.count(get=1)
             try:
-                body: bytes = self._client.get_object(Bucket=bucket, Key=key)["Body"].read()
+                answer = self._client.get_object(Bucket=bucket, Key=key)
+                body: bytes = answer["Body"].read()
             except ClientError as error:
                 if error.response["Error"]["Code"] in _MISSING:
                     return None
                 raise
-            return body
+            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+            return Found(body, answer["ETag"], (now - answer["LastModified"]).total_seconds())
 
         return _with_retries(get, threading.Event(), "Silver")
 
@@ -93,19 +125,17 @@ class Store:
 
         return _with_retries(get, stop, "Silver")
 
-    def sizes(
-        self, bucket: str, prefix: str, requests: Requests, *, below: bool = True
-    ) -> dict[str, tuple[int, datetime]]:
-        """Keys that begin with `prefix`: bytes, and when they were written. Not `below`: those alone that have no
-        further slash. Raises SlideFetchFailed."""
-        found: dict[str, tuple[int, datetime]] = {}
+    def listed(self, bucket: str, prefix: str, requests: Requests, *, below: bool = True) -> dict[str, Listed]:
+        """The objects whose keys begin with `prefix`, by key. Not `below`: those alone that have no further slash.
+        Raises SlideFetchFailed."""
+        found: dict[str, Listed] = {}
         following: dict[str, str] = {} if below else {"Delimiter": "/"}
         try:
             while True:
                 requests.count(put=1)  # a list costs what a put does
                 answer = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **following)
                 for entry in answer.get("Contents", ()):
-                    found[entry["Key"]] = (int(entry["Size"]), entry["LastModified"])
+                    found[entry["Key"]] = Listed(int(entry["Size"]), entry["LastModified"], entry["ETag"])
                 if not answer.get("IsTruncated"):
                     return found
                 following["ContinuationToken"] = answer["NextContinuationToken"]
@@ -114,15 +144,36 @@ class Store:
         except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
             raise SlideFetchFailed(f"Listing its objects in Silver failed: {type(error).__name__}.") from error
 
-    def put(self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests) -> None:
-        """Raises OutputFailed."""
+    def put(self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests) -> str:
+        """The object's ETag. Raises OutputFailed."""
         requests.count(put=1)
+        with _writing(key):
+            answer = self._client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
+        return str(answer["ETag"])
+
+    def put_if(
+        self, bucket: str, key: str, body: bytes, content_type: str, requests: Requests, etag: str | None
+    ) -> str | None:
+        """Puts an object in the place of the one with `etag`, or where it is None of nothing. Its ETag; None where
+        another was first. Raises OutputFailed."""
+        requests.count(put=1)
+        self._conditions.header = ("If-None-Match", "*") if etag is None else ("If-Match", etag)
         try:
-            self._client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
-        except ClientError as error:
-            raise OutputFailed(f"Writing {PurePosixPath(key).name} failed: {_reason(error)}.") from error
-        except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
-            raise OutputFailed(f"Writing {PurePosixPath(key).name} failed: {type(error).__name__}.") from error
+            with _writing(key):
+                answer = self._client.put_object(Bucket=bucket, Key=key, Body=body, ContentType=content_type)
+        except OutputFailed as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and cause.response["Error"]["Code"] in _OUTRUN:
+                return None
+            raise
+        finally:
+            self._conditions.header = None
+        return str(answer["ETag"])
+
+    def _add_condition(self, params: dict[str, Any], **_: object) -> None:
+        header = getattr(self._conditions, "header", None)
+        if header is not None:
+            params["headers"][header[0]] = header[1]
 
     def fetch(self, slide: ShardSlide, folder: Path, requests: Requests, stop: threading.Event) -> Path:
         """Fetches all files of a slide into `folder`, laid out as they lie in Bronze, and returns the one to open.
@@ -175,6 +226,16 @@ class Store:
         with path.open("r+b") as target:
             target.seek(start)
             target.write(data)
+
+
+@contextmanager
+def _writing(key: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        raise OutputFailed(f"Writing {PurePosixPath(key).name} failed: {_reason(error)}.") from error
+    except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        raise OutputFailed(f"Writing {PurePosixPath(key).name} failed: {type(error).__name__}.") from error
 
 
 def _with_retries(get: Callable[[], T], stop: threading.Event, where: str) -> T:

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from slideway_inference.claims import Claimed, Claims
 from slideway_inference.contracts import Place, Shard, ShardSlide, Tiling
 from slideway_inference.encode import CONTENT_TYPES as TILE_TYPES
 from slideway_inference.encode import encode
@@ -22,7 +26,7 @@ from slideway_inference.errors import ShardInvalid, SlideQuarantined, TilesetMis
 from slideway_inference.fast import Form
 from slideway_inference.job import Job, readers_for, work_slides
 from slideway_inference.packs import Packer
-from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles, processors, rounded
+from slideway_inference.pipeline import Answers, Later, Lengths, SlideWork, Task, Tiles, processors, rounded
 from slideway_inference.results import completion, is_done, result_key, write_marker
 from slideway_inference.store import Requests, Store
 from slideway_inference.tileset import (
@@ -43,17 +47,23 @@ from slideway_inference.tileset import (
 from slideway_inference.uploads import SlideUploads, Uploads
 
 _BATCH = 64
+_CLAIM_SECONDS = 180.0
+_LOOKS = 20
+"""How often a slide that another job tiles is looked at within the time after which a claim is stale."""
+_TELL_SECONDS = 60.0
 
 
 def tile(job: Job) -> None:
     """Tiles the job's slides. Raises ShardInvalid, Stopped."""
     store = Store()
     uploads = Uploads(store, job.stop)
+    cores = processors()
+    tiler = Tiler(store, uploads, job, cores)
     try:
-        cores = processors()
-        work_slides(job, store, Tiler(store, uploads, job, cores), readers_for(cores))
+        work_slides(job, store, tiler, readers_for(cores))
     finally:
         uploads.close()
+        tiler.close()
 
 
 class Tiler(Task):
@@ -79,9 +89,17 @@ class Tiler(Task):
         self._uploads = uploads
         self._job = job
         self._tiling = tiling
+        self._claim_seconds = float(os.environ.get("SLIDEWAY_CLAIM_SECONDS") or _CLAIM_SECONDS)
+        self._claims = Claims(store, tiling.place.bucket, job.name, self._claim_seconds)
+        self._waits: dict[str, _Wait] = {}
+
+    def close(self) -> None:
+        """Leaves the slides that it has not tiled to others."""
+        self._claims.close()
 
     def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
-        """A quarantine holds for every attempt of the run, a tileset for every run."""
+        """A quarantine holds for every attempt of the run, a tileset for every run. A slide that another job tiles
+        comes again later."""
         key = result_key(shard, slide, "complete.json")
         previous = self._store.get_if_there(shard.output_bucket, key, requests)
         if previous is not None and is_done(previous, shard, slide) == "QUARANTINED":
@@ -91,12 +109,31 @@ class Tiler(Task):
                 shard, slide, tiled_document(slide, None, reused=False, error=error, state="QUARANTINED"), requests
             )
             return "QUARANTINED"
-        tileset = self._usable(shard, slide, requests)
+        tileset = self._usable(shard, slide, requests) or self._claim(shard, slide, requests)
         if tileset is None:
             return None
         reused = tileset.made_for != made_for(shard)
         self._tell(shard, slide, tiled_document(slide, tileset, reused=reused, error=None, state="TILED"), requests)
         return "TILED"
+
+    def _claim(self, shard: Shard, slide: ShardSlide, requests: Requests) -> Tileset | None:
+        """Claims the slide's tileset for this job. Where who claimed it before has made it, that. Raises Later."""
+        key = f"{self._place(shard, slide).prefix}claim.json"
+        try:
+            before = self._claims.take(key, slide.slide_id, requests)
+        except Claimed as claimed:
+            wait = self._waits.setdefault(slide.slide_id, _Wait())
+            seconds = time.monotonic() - wait.since
+            if seconds >= wait.told:
+                wait.told = seconds + _TELL_SECONDS
+                self._job.log.event(
+                    "slide-waits", slideId=slide.slide_id, holder=claimed.holder, seconds=round(seconds, 1)
+                )
+            raise Later(self._claim_seconds / _LOOKS) from None
+        tileset = self._usable(shard, slide, requests) if before else None
+        if tileset is not None:
+            self._claims.free(slide.slide_id)
+        return tileset
 
     def _usable(self, shard: Shard, slide: ShardSlide, requests: Requests) -> Tileset | None:
         place = self._place(shard, slide)
@@ -109,8 +146,8 @@ class Tiler(Task):
             return None
         if not tileset.young(self._tiling.keep_days):
             return None
-        there = self._store.sizes(place.bucket, place.prefix, requests, below=False)
-        return tileset if tileset.whole({key: size for key, (size, _) in there.items()}) else None
+        there = self._store.listed(place.bucket, place.prefix, requests, below=self._tiling.objects)
+        return tileset if tileset.whole(there) else None
 
     def _place(self, shard: Shard, slide: ShardSlide) -> Place:
         return Place(self._tiling.place.bucket, f"{self._tiling.place.prefix}{tileset_id(shard, slide)}/")
@@ -144,6 +181,12 @@ class Tiler(Task):
         packing.uploads.wait()
 
     def complete(self, work: SlideWork) -> None:
+        try:
+            self._complete(work)
+        finally:
+            self._claims.free(work.slide.slide_id)
+
+    def _complete(self, work: SlideWork) -> None:
         if work.error is not None:
             self._give_up(work)
             return
@@ -161,7 +204,8 @@ class Tiler(Task):
 
     def _document(self, work: SlideWork, packing: _Packing) -> dict[str, Any]:
         ok = int(work.readable.sum())
-        digests = packing.uploads.digests
+        objects = {"count": ok, "bytes": int(packing.packer.length.sum())}
+        written = packing.uploads.written
         keys = [pack_key(packing.place, packing.identifier, n) for n in range(len(packing.packer.packs))]
         return {
             "tilesetId": packing.identifier,
@@ -176,13 +220,14 @@ class Tiler(Task):
                 "passedThrough": packing.passed_through,
             },
             "packs": [
-                {"key": key, "bytes": pack.bytes, "tiles": pack.tiles, "sha256": digests[key]}
+                {"key": key, "bytes": pack.bytes, "tiles": pack.tiles, **written[key]}
                 for key, pack in zip(keys, packing.packer.packs, strict=True)
             ],
             "files": {
-                name: {"bytes": size, "sha256": digests[f"{packing.place.prefix}{name}"]}
+                name: {"bytes": size, **written[f"{packing.place.prefix}{name}"]}
                 for name, size in packing.files.items()
             },
+            **({"objects": objects} if self._tiling.objects else {}),
             "createdAt": packing.begun.isoformat(timespec="milliseconds"),
             "madeFor": made_for(work.shard),
             "jobName": self._job.name,
@@ -211,6 +256,14 @@ class Tiler(Task):
         state = "QUARANTINED" if isinstance(work.error, SlideQuarantined) else "FAILED"
         told = tiled_document(work.slide, None, reused=False, error=work.error, state=state)
         self._tell(work.shard, work.slide, told, work.requests)
+
+
+@dataclass
+class _Wait:
+    """For another job's tiling: since when, and from which second on it is told again."""
+
+    since: float = field(default_factory=time.monotonic)
+    told: float = 0.0
 
 
 class _Encoder:

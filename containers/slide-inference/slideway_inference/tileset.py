@@ -21,6 +21,7 @@ from slideway_inference.grid import TileGeometry
 from slideway_inference.packs import Packer
 from slideway_inference.parquet import Column, read_plain, write_plain
 from slideway_inference.results import slide_facts, tile_columns
+from slideway_inference.store import Listed
 from slideway_inference.survey import Survey
 
 TILER = 1
@@ -77,22 +78,31 @@ class PackRef:
 
 @dataclass(frozen=True)
 class Tileset:
-    """What tileset.json says, as far as others need it. `files` are the bytes of what lies beside it."""
+    """What tileset.json says, as far as others need it. `files` are the bytes of what lies beside it, `objects` how
+    many single tiles there are and their bytes together; None where they were not asked for."""
 
     id: str
     place: Place
     packs: tuple[PackRef, ...]
     files: dict[str, int]
+    objects: tuple[int, int] | None
     tiles: dict[str, int]
     created_at: datetime
     made_for: str
     document: Mapping[str, Any]
 
-    def whole(self, sizes: Mapping[str, int]) -> bool:
-        """Whether `sizes`, the bytes by key of what is there, has everything."""
-        wanted = {pack.key: pack.bytes for pack in self.packs}
-        wanted |= {f"{self.place.prefix}{name}": size for name, size in self.files.items()}
-        return all(sizes.get(key) == size for key, size in wanted.items())
+    def whole(self, there: Mapping[str, Listed]) -> bool:
+        """Whether `there`, what is listed by key, has everything as it was written. The ETag tells of an object
+        that was written over, also with as many bytes."""
+        beside = {f"{self.place.prefix}{name}": told for name, told in self.document["files"].items()}
+        for key, told in ({pack["key"]: pack for pack in self.document["packs"]} | beside).items():
+            found = there.get(key)
+            if found is None or (found.bytes, found.etag) != (told["bytes"], told.get("etag", found.etag)):
+                return False
+        if self.objects is None:
+            return True
+        objects = [found.bytes for key, found in there.items() if key.startswith(f"{self.place.prefix}objects/")]
+        return (len(objects), sum(objects)) == self.objects
 
     def young(self, keep_days: int) -> bool:
         """Whether it lasts long enough to be used again."""
@@ -122,6 +132,7 @@ def parse_tileset(text: bytes, bucket: str, prefix: str) -> Tileset:
                 PackRef(str(pack["key"]), int(pack["bytes"]), int(pack["tiles"])) for pack in document["packs"]
             ),
             files={str(name): int(file["bytes"]) for name, file in document["files"].items()},
+            objects=_objects(document),
             tiles={name: int(document["tiles"][name]) for name in ("grid", "kept", "ok", "unreadable")},
             created_at=datetime.fromisoformat(document["createdAt"]),
             made_for=str(document["madeFor"]),
@@ -129,6 +140,13 @@ def parse_tileset(text: bytes, bucket: str, prefix: str) -> Tileset:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TilesetMissing(f"tileset.json is not what the tiler writes: {error}.") from error
+
+
+def _objects(document: Mapping[str, Any]) -> tuple[int, int] | None:
+    if not document["parameters"]["objects"]:
+        return None
+    told = document.get("objects", {"count": -1, "bytes": -1})  # made before they were counted: never whole
+    return int(told["count"]), int(told["bytes"])
 
 
 def slide_document(survey: Survey) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 from slideway_inference.errors import Stopped
 from slideway_inference.remote import Watch
@@ -25,7 +25,8 @@ class Uploads:
         self._room = _ROOM_BYTES
         self._freed = threading.Condition()
 
-    def put(self, own: SlideUploads, key: str, body: bytes, content_type: str, *, digest: bool) -> Future[None]:
+    def put(self, own: SlideUploads, key: str, body: bytes, content_type: str, *, digest: bool) -> None:
+        """Begins an upload, whose end is told to `own`. Raises Stopped."""
         size = min(len(body), _ROOM_BYTES)
         with self._freed:
             while self._room < size:
@@ -34,20 +35,23 @@ class Uploads:
             self._room -= size
 
         def upload() -> None:
+            failed: Exception | None = None
             try:
                 if own.failed is None:  # of a slide that has failed nothing more is needed
-                    if digest:
-                        own.digests[key] = hashlib.sha256(body).hexdigest()
+                    sha256 = hashlib.sha256(body).hexdigest() if digest else ""
                     with own.watch:
-                        self.store.put(own.bucket, key, body, content_type, own.requests)
+                        etag = self.store.put(own.bucket, key, body, content_type, own.requests)
+                    if digest:
+                        own.written[key] = {"sha256": sha256, "etag": etag}
             except Exception as error:
-                own.failed = error
+                failed = error
             finally:
                 with self._freed:
                     self._room += size
                     self._freed.notify_all()
+                own.ended(failed)
 
-        return self._pool.submit(upload)
+        self._pool.submit(upload)
 
     def check_stop(self) -> None:
         if self._stop.is_set():
@@ -58,30 +62,44 @@ class Uploads:
 
 
 class SlideUploads:
-    """One slide's objects in one bucket. The first that fails is told by the next call. `digests` has the SHA-256,
-    by key, of those for which it was asked."""
+    """One slide's objects in one bucket, put by several threads. The first that fails is told by the next call.
+    `written` has, by key, the SHA-256 and the ETag of those for which it was asked."""
 
     def __init__(self, uploads: Uploads, bucket: str, requests: Requests) -> None:
         self.bucket = bucket
         self.requests = requests
         self.watch = Watch()
-        self.digests: dict[str, str] = {}
+        self.written: dict[str, dict[str, str]] = {}
         self.failed: Exception | None = None
         self._uploads = uploads
-        self._running: list[Future[None]] = []
+        self._running = 0
+        self._changed = threading.Condition()
 
     def put(self, key: str, body: bytes, content_type: str, *, digest: bool = True) -> None:
         """Raises OutputFailed of this or an earlier object, Stopped."""
         self._check()
-        self._running = [future for future in self._running if not future.done()]
-        self._running.append(self._uploads.put(self, key, body, content_type, digest=digest))
+        with self._changed:
+            self._running += 1
+        try:
+            self._uploads.put(self, key, body, content_type, digest=digest)
+        except BaseException:
+            self.ended(None)
+            raise
+
+    def ended(self, failed: Exception | None) -> None:
+        """An upload has come to its end."""
+        with self._changed:
+            self._running -= 1
+            self.failed = self.failed or failed
+            if self._running == 0:
+                self._changed.notify_all()
 
     def wait(self) -> None:
         """Until all are there. Raises as `put`."""
-        for future in self._running:
-            while not future.done():
+        with self._changed:
+            while self._running:
                 self._uploads.check_stop()
-                wait([future], _POLL)
+                self._changed.wait(_POLL)
         self._check()
 
     def _check(self) -> None:

@@ -115,6 +115,7 @@ class Job:
             [sys.executable, "-m", "slideway_inference", command],
             cwd=CONTAINER,
             env={
+                "SLIDEWAY_CLAIM_SECONDS": "5",
                 **os.environ,
                 "SLIDEWAY_ML_ROOT": str(self.root),
                 "AWS_ENDPOINT_URL": self.s3.url,

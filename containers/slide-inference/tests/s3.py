@@ -1,4 +1,5 @@
-"""An S3 of a few dozen lines, so that boto3 is used as it is: put, get with ranges and versions, lists."""
+"""An S3 of a few dozen lines, so that boto3 is used as it is: put, also with conditions, get with
+ranges and versions, lists."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import hashlib
 import threading
 import time
 from datetime import UTC, datetime
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -14,7 +16,8 @@ class S3:
     """`objects` maps (bucket, key) to bytes, `versions` (bucket, key, version) too. Keys in `failing` answer with
     the given status; `broken` counts down the GETs of ranges and outputs whose body breaks off half way. `written`
     has the order in which objects were put, which lists give as their times, and a list has `page` keys at most.
-    `slow` names keys whose every GET waits for some seconds."""
+    `slow` names keys whose every GET waits for some seconds; `modified` has the times that GET tells, in seconds
+    since 1970."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
@@ -24,6 +27,8 @@ class S3:
         self.page = 1000
         self.slow: tuple[str, float] | None = None
         self.written: dict[tuple[str, str], int] = {}
+        self.modified: dict[tuple[str, str], float] = {}
+        self.putting = threading.Lock()
         self.log: list[tuple[str, str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -58,9 +63,25 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             s3.log.append(("PUT", key))
             if self._refused(key):
                 return
-            s3.objects[bucket, key] = body
-            s3.written[bucket, key] = len(s3.log)
-            self._answer(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+            with s3.putting:
+                current = s3.objects.get((bucket, key))
+                met = self._met(current)
+                if met:
+                    s3.objects[bucket, key] = body
+                    s3.written[bucket, key] = len(s3.log)
+                    s3.modified[bucket, key] = time.time()
+            if met:
+                self._answer(200, b"", {"ETag": _etag(body)})
+            elif current is None:
+                self._error(404, "NoSuchKey")
+            else:
+                self._error(412, "PreconditionFailed")
+
+        def _met(self, current: bytes | None) -> bool:
+            if "If-None-Match" in self.headers:
+                return current is None
+            wanted = self.headers.get("If-Match")
+            return wanted is None or (current is not None and wanted == _etag(current))
 
         def do_GET(self) -> None:
             bucket, key, version = self._address()
@@ -77,7 +98,8 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
                 self._error(404, "NoSuchVersion" if version else "NoSuchKey")
                 return
             first, last, status = 0, len(body) - 1, 200
-            headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+            modified = formatdate(s3.modified.get((bucket, key), 0), usegmt=True)
+            headers = {"ETag": _etag(body), "Last-Modified": modified}
             if asked := self.headers.get("Range"):
                 first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
                 last = min(last, len(body) - 1)
@@ -103,6 +125,7 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             left = [key for key in keys if key > after]
             entries = [
                 f"<Contents><Key>{key}</Key><Size>{len(s3.objects[bucket, key])}</Size>"
+                f"<ETag>{_etag(s3.objects[bucket, key])}</ETag>"
                 f"<LastModified>{self._time(bucket, key)}</LastModified></Contents>"
                 for key in left[: s3.page]
             ]
@@ -132,6 +155,10 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body if send is None else send)
 
     return Handler
+
+
+def _etag(body: bytes) -> str:
+    return f'"{hashlib.md5(body).hexdigest()}"'
 
 
 def _dechunk(body: bytes) -> bytes:

@@ -55,6 +55,17 @@ def test_equal_tables_give_equal_bytes() -> None:
         assert write(table(100), {"b": "2", "a": "1"}) == write(table(100), {"a": "1", "b": "2"})
 
 
+def test_wide_tables_are_written_in_groups_of_rows_from_columns_that_lie_across() -> None:
+    values = np.random.default_rng(0).standard_normal((9000, 1024), np.float32)
+    columns: dict[str, Column] = {"status": ["ok"] * 9000}
+    columns |= {f"value_f{index:04}": values[:, index] for index in range(1024)}
+    file = pq.ParquetFile(io.BytesIO(write_parquet(columns, {})))
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [4088, 4088, 824]
+    read = file.read()
+    assert np.array_equal(np.stack([read[name].to_numpy() for name in list(columns)[1:]], 1), values)
+    assert read["status"].to_pylist() == columns["status"]
+
+
 def test_more_than_fifteen_columns_fit() -> None:
     columns: dict[str, Column] = {f"value_{index}": np.full(3, index, np.float32) for index in range(40)}
     assert pq.read_table(io.BytesIO(write_plain(columns, {}))).num_columns == 40

@@ -24,7 +24,7 @@ from fast_slides import picture, save_jpeg
 from PIL import Image
 from skimage.filters import threshold_otsu
 from test_readers import damaged
-from tilesets import Made, made, shard_fields, tile, told
+from tilesets import Made, made, put, shard_fields, tile, told
 
 from slideway_inference.reader import open_slide
 from slideway_inference.survey import SurveyRequest, survey
@@ -219,6 +219,16 @@ def test_single_objects_where_they_are_asked_for(job: Job, tmp_path: Path) -> No
     prefix = f"{tileset.prefix}objects/"
     objects = {key: data for (_, key), data in job.s3.objects.items() if key.startswith(prefix)}
     assert objects == {prefix + name: data for name, data in members.items()}
+    assert tileset.document["objects"] == {"count": len(objects), "bytes": sum(map(len, objects.values()))}
+
+    # Where one of them is not there, or not whole, they are made again; else they are used again.
+    job.s3.page = 2
+    first, last = min(objects), max(objects)
+    assert tile(job, **shard_fields(objects=True)).named("slide-skipped")
+    for spoil in (lambda: job.s3.objects.pop(("silver", last)), lambda: put(job, first, "short")):
+        spoil()
+        assert not tile(job, **shard_fields(objects=True)).named("slide-skipped")
+        assert {key: job.s3.objects["silver", key] for key in objects} == objects
 
 
 @pytest.mark.parametrize(
@@ -345,9 +355,11 @@ def test_tilesets_are_used_again_while_they_are_whole_and_young(job: Job, tmp_pa
     assert again(**shard_fields(quality=80))[1].told["tileset"]["id"] != first.told["tileset"]["id"]
 
     pack = first.told["packs"][0]["key"]
-    job.s3.objects["silver", pack] = b"short"
-    assert not again()[0].named("slide-skipped")
-    assert job.s3.objects["silver", pack] == before["silver", pack]
+    whole = before["silver", pack]
+    for spoiled in (b"short", whole[:600] + b"#" + whole[601:]):
+        job.s3.objects["silver", pack] = spoiled
+        assert not again()[0].named("slide-skipped")
+        assert job.s3.objects["silver", pack] == whole
 
     old = json.loads(first.object("tileset.json"))
     old["createdAt"] = "2020-01-01T00:00:00.000+00:00"

@@ -18,7 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from slideway_inference.errors import ModelError, ModelStuck, RequestRefused, SlidewayError, TileUnreadable
+from slideway_inference.errors import (
+    ModelError,
+    ModelStuck,
+    RequestRefused,
+    SlidewayError,
+    TileUnreadable,
+    Unavailable,
+)
 from slideway_inference.model import Predictor, Tiles, Values
 from slideway_inference.serving.decoding import decode
 
@@ -168,6 +175,8 @@ class Batcher:
                         slot.readable[row] = True
                     except TileUnreadable as error:
                         errors[index] = error
+                    except MemoryError:  # the tile may be good, and is not to be missing
+                        part.request.fail(Unavailable("No memory was free to decode its tiles."))
             with self._lock:
                 part.request.errors |= errors
                 slot.awaited -= part.count

@@ -25,7 +25,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def decode(data: memoryview, out: npt.NDArray[np.uint8]) -> None:
-    """A JPEG, PNG or .npy (height, width, 3) uint8 into `out`, of whose size it must be. Raises TileUnreadable."""
+    """A JPEG, PNG or .npy (height, width, 3) uint8 into `out`, of whose size it must be. Raises TileUnreadable,
+    and MemoryError, which says nothing of the tile."""
     start = bytes(data[:8])
     try:
         if start[:2] == b"\xff\xd8":
@@ -36,7 +37,7 @@ def decode(data: memoryview, out: npt.NDArray[np.uint8]) -> None:
             _npy(data, out)
         else:
             raise TileUnreadable("It is no JPEG, PNG or .npy.")
-    except TileUnreadable:
+    except (TileUnreadable, MemoryError):
         raise
     except Exception as error:  # the codecs' errors have no common class
         raise TileUnreadable(f"It cannot be decoded: {str(error)[:200] or type(error).__name__}") from error

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from slideway_inference.memory import memory_limit
+
 _JOB_LIMIT = 100
 """Megabytes: SageMaker's limit for a payload, and for all requests to one instance together."""
 _REQUESTS = 8
@@ -37,22 +39,12 @@ class Settings:
             model_seconds=_number("SLIDEWAY_MODEL_SECONDS", 120),
             request_seconds=_number("SLIDEWAY_REQUEST_SECONDS", 590),
             drain_seconds=_number("SLIDEWAY_DRAIN_SECONDS", 60),
-            memory=int(_number("SLIDEWAY_MEMORY_MB", 0) * (1 << 20)) or int(0.9 * _memory_of_the_container()),
+            memory=memory_limit(0.9),
         )
 
 
 def _number(name: str, default: float) -> float:
     return float(os.environ.get(name) or default)
-
-
-def _memory_of_the_container() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):  # another version of cgroups, or no limit
-            continue
-    return total
 
 
 def resident_bytes() -> int:
