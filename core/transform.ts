@@ -86,7 +86,8 @@ export async function planTransform(
 /** Machines and requests for these packs. */
 function sized(settings: TransformSettings, packs: [string, number][]) {
   const { instanceType, maxInstances, packsPerInstance, maxConcurrentTransforms } = settings;
-  const largest = Math.max(...packs.map(([, bytes]) => bytes));
+  // There may be more packs than a call takes arguments.
+  const largest = packs.reduce((most, [, bytes]) => Math.max(most, bytes), 0);
   const maxPayloadInMB = Math.max(settings.maxPayloadInMB, Math.ceil(largest / MB));
   if (maxPayloadInMB > MOST_IN_FLIGHT_MB) {
     throw new PackTooLarge(

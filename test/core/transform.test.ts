@@ -153,6 +153,12 @@ describe('its machines', () => {
     );
   });
 
+  it('are told for more packs than a call takes arguments', async () => {
+    const packs = Array.from({ length: 150_000 }, (_, n) => packOf('t', n, n === 7 ? 20 * MB : 1));
+    const { plan } = await tiledRun([{ a: { state: 'TILED', packs } }]);
+    expect(await plan(1)).toMatchObject({ packs: 150_000, maxPayloadInMB: 20 });
+  }, 60_000);
+
   it('cannot take a pack of more than 100 MB', async () => {
     const { plan } = await tiledRun([{ a: tiled(packOf('t', 0, 101 * MB)) }]);
     await expect(plan(1)).rejects.toMatchObject({ name: 'PackTooLarge' });
