@@ -105,6 +105,9 @@ export const TILE_FORMATS = ['jpeg', 'png', 'raw'] as const;
 const tileFormat = z.enum(TILE_FORMATS);
 const quality = z.number().int().min(1).max(100);
 
+/** What a batch may take, in seconds; a model that takes longer is stuck. An hour is the most that a request may. */
+export const modelSecondsSchema = z.number().int().min(1).max(3590);
+
 /** What a slide-level head brings into a package. */
 const headSchema = z.object({
   /** TorchScript within the package. */
@@ -145,6 +148,8 @@ export const modelSchema = z.object({
   }),
   mode: modeSchema,
   batch: z.number().int().min(1).max(65536).default(64),
+  /** Default: the stage's. */
+  modelSeconds: modelSecondsSchema.optional(),
   aggregate: z.array(aggregate).min(1).default(['mean']),
   top_k: z.number().int().min(1).default(10),
   heatmap: z
@@ -399,6 +404,7 @@ export const transformSettingsSchema = z.object({
   maxConcurrentTransforms: z.number().int().min(1).max(100).optional(),
   /** At least; a pack that is larger raises it. */
   maxPayloadInMB: z.number().int().min(1).max(100),
+  /** At least; a model whose batches may take longer raises it. */
   invocationTimeoutSeconds: z.number().int().min(1).max(3600),
 });
 export type TransformSettings = z.infer<typeof transformSettingsSchema>;
@@ -420,6 +426,8 @@ export const inferenceJobSchema = instancesSchema.extend({
   modelDigest: z.string().optional(),
   slides: z.number().int(),
   maxRuntimeInSeconds: z.number().int(),
+  /** Absent in runs before there was such a setting. */
+  modelSeconds: modelSecondsSchema.optional(),
   /** In transform mode; the jobs themselves are the tiling's. */
   join: instancesSchema.optional(),
   transform: transformSettingsSchema.optional(),

@@ -16,6 +16,8 @@ import { readJson, writeJson } from './store.ts';
 const ATTEMPTS = 3;
 /** Where not one pack has been answered, it is the model or its server: once more is enough. */
 const ATTEMPTS_WITHOUT_ANSWER = 2;
+/** SageMaker waits so much longer for an answer than the server works at it, so that the server's own reason comes. */
+const ANSWER_SECONDS = 10;
 const MB = 1_000_000;
 const OUTPUT = '.out';
 
@@ -51,6 +53,8 @@ export type TransformPlan =
       maxConcurrentTransforms: number;
       maxPayloadInMB: number;
       invocationTimeoutSeconds: number;
+      /** What the server gives itself for a request. */
+      requestSeconds: number;
     };
 
 /** @throws {ModelDigestMismatch | PackTooLarge} */
@@ -80,6 +84,7 @@ export async function planTransform(
     manifestUri: `s3://${bucket}/${key}`,
     outputUri: `s3://${bucket}/${prefix}`,
     ...sized(settings, missing),
+    ...limits(settings, job),
   };
 }
 
@@ -103,8 +108,13 @@ function sized(settings: TransformSettings, packs: [string, number][]) {
       room,
     ),
     maxPayloadInMB,
-    invocationTimeoutSeconds: settings.invocationTimeoutSeconds,
   };
+}
+
+/** A request may take at least as long as a batch. */
+function limits({ invocationTimeoutSeconds: least }: TransformSettings, { modelSeconds = 1 }: InferenceJob) {
+  const invocationTimeoutSeconds = Math.max(least, modelSeconds + ANSWER_SECONDS);
+  return { invocationTimeoutSeconds, requestSeconds: invocationTimeoutSeconds - ANSWER_SECONDS };
 }
 
 /** SageMaker takes whatever version of the package lies in the bucket: it must be the one that the run pinned. */

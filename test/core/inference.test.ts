@@ -114,6 +114,7 @@ describe('the inference of a run', () => {
         model: 'm',
         slides: 3,
         instanceCount: 2,
+        modelSeconds: 120,
         shardsUri: `s3://silver/runs/${RUN.runId}/jobs/m/`,
         modelUri: 's3://models/models/m/1/model.tar.gz',
       }),
@@ -184,7 +185,9 @@ describe('a model in transform mode', () => {
     const { job, shard } = await planOf('own', {
       tile: { ...MODEL.tile, encoding: { format: 'png' } },
       transform: { instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, maxInstances: undefined },
+      modelSeconds: 900,
     });
+    expect(job?.modelSeconds).toBe(900);
     expect(shard.tiling).toMatchObject({ format: 'png', quality: 90 });
     expect(job?.transform).toEqual({
       ...config.transform,

@@ -27,7 +27,11 @@ const packOf = (id: string, n: number, bytes = 11 * MB) => ({
 
 let runs = 0;
 /** A model's inference of which tiling is done; slides by shard. */
-async function tiledRun(shards: Record<string, Tiled>[], settings: Partial<TransformSettings> = {}) {
+async function tiledRun(
+  shards: Record<string, Tiled>[],
+  settings: Partial<TransformSettings> = {},
+  modelSeconds = 120,
+) {
   const { s3 } = services;
   runs += 1;
   const run = { ...RUN, runId: `run-${runs}` };
@@ -51,6 +55,7 @@ async function tiledRun(shards: Record<string, Tiled>[], settings: Partial<Trans
   const job: InferenceJob = {
     ...{ model: 'm', version: '1', mode: 'transform', begin: 'tile', jobName: 'j', slides: 1 },
     ...{ instanceCount: 1, instanceType: 'ml.c5.4xlarge', volumeSizeInGB: 1, maxRuntimeInSeconds: 1 },
+    modelSeconds,
     shardsUri: 's3://silver/jobs/',
     modelUri: `s3://${model.bucket}/${model.key}`,
     ...(versionId && { modelVersionId: versionId }),
@@ -85,7 +90,8 @@ describe('what a Transform job is to do', () => {
       ...{ done: false, attempt: 1, packs: 3 },
       manifestUri: `s3://silver/transform/${run.runId}/m/attempt-1/manifest.json`,
       outputUri: `s3://silver/transform/${run.runId}/m/out/`,
-      ...{ instanceType: 'ml.g5.xlarge', instanceCount: 2, invocationTimeoutSeconds: 600 },
+      ...{ instanceType: 'ml.g5.xlarge', instanceCount: 2 },
+      ...{ invocationTimeoutSeconds: 600, requestSeconds: 590 },
       ...{ maxPayloadInMB: 13, maxConcurrentTransforms: 4 },
     });
     expect(await packs(1)).toEqual([
@@ -113,6 +119,24 @@ describe('what a Transform job is to do', () => {
     expect((await plan(2)).done).toBe(false);
     expect(await plan(3)).toEqual({ done: true, attempt: 3, tiled: 2, missing: 2 });
   });
+
+  it.each([
+    [3600, 120, 3600],
+    [600, 900, 910],
+    [1, 1, 11],
+    [600, 3590, 3600],
+  ])(
+    'may take %i s a request and %i s a batch: SageMaker waits %i s, the server gives up before',
+    async (...given) => {
+      const [invocationTimeoutSeconds, modelSeconds, waited] = given;
+      const { plan } = await tiledRun(
+        [{ a: tiled(packOf('t', 0)) }],
+        { invocationTimeoutSeconds },
+        modelSeconds,
+      );
+      expect(await plan(1)).toMatchObject({ invocationTimeoutSeconds: waited, requestSeconds: waited - 10 });
+    },
+  );
 
   it('is nothing where nothing was tiled', async () => {
     const { plan } = await tiledRun([{ a: { state: 'FAILED' }, b: undefined }]);

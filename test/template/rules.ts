@@ -527,6 +527,9 @@ export function jobs(definition: Definition): string[] {
         findings.push(`${name}: leaves open how much is sent at once`);
       if (!state.Catch?.some(({ ErrorEquals }) => ErrorEquals.includes('States.Timeout')))
         findings.push(`${name}: its job may run for ever`);
+      for (const limit of ['SLIDEWAY_REQUEST_SECONDS', 'SLIDEWAY_MODEL_SECONDS'])
+        if (!(`${limit}.$` in (parameters.Environment ?? {})))
+          findings.push(`${name}: its server is not told ${limit}`);
     }
     if (operation === 'createModel' && (parameters.EnableNetworkIsolation as unknown) !== true)
       findings.push(`${name}: its server has a network`);

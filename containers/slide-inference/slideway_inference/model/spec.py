@@ -19,6 +19,7 @@ _INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
 _ANY = re.compile(r"(?s).+")
 _MAX_OUTPUTS = 8192
 _MAX_HEAD_OUTPUTS = 1024
+_MAX_MODEL_SECONDS = 3590
 _MAX_TRANSFORM_MB = 100
 _TRANSFORM_LIMITS = {
     "maxInstances": 100,
@@ -67,6 +68,8 @@ class ModelSpec:
     range: tuple[float, float]
     mode: Literal["processing", "transform"]
     batch: int
+    model_seconds: int | None
+    """What a batch may take; None: as the stage has it."""
     head: HeadSpec | None
 
     @property
@@ -102,6 +105,7 @@ def parse_model(text: str | bytes) -> ModelSpec:
         range=cast(Any, tuple(given.numbers("range", 2, default=[0, 1]))),
         mode=cast(Any, top.choice("mode", ("processing", "transform"))),
         batch=top.integer("batch", 1, 65536, default=64),
+        model_seconds=top.integer("modelSeconds", 1, _MAX_MODEL_SECONDS) if top.has("modelSeconds") else None,
         head=_head(top),
     )
     top.integer("top_k", 1, 1 << 53, default=10)

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from slideway_inference.contracts import MODEL_SECONDS
+
 _JOB_LIMIT = 100
 """Megabytes: SageMaker's limit for a payload, and for all requests to one instance together."""
 _REQUESTS = 8
@@ -34,7 +36,7 @@ class Settings:
             requests=int(
                 _number("SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", 0) or max(1, min(_REQUESTS, _JOB_LIMIT // megabytes))
             ),
-            model_seconds=_number("SLIDEWAY_MODEL_SECONDS", 120),
+            model_seconds=_number("SLIDEWAY_MODEL_SECONDS", MODEL_SECONDS),
             request_seconds=_number("SLIDEWAY_REQUEST_SECONDS", 590),
             drain_seconds=_number("SLIDEWAY_DRAIN_SECONDS", 60),
             memory=int(_number("SLIDEWAY_MEMORY_MB", 0) * (1 << 20)) or int(0.9 * _memory_of_the_container()),
