@@ -514,13 +514,16 @@ export function jobs(definition: Definition): string[] {
     const parameters = (state.Parameters ?? {}) as Record<string, Record<string, unknown> | undefined>;
     const says = (key: string) => key in parameters || `${key}.$` in parameters;
     if (operation === 'createProcessingJob') {
-      const { StoppingCondition, NetworkConfig } = parameters;
+      const { StoppingCondition, NetworkConfig, AppSpecification, Environment } = parameters;
       if (!Object.keys(StoppingCondition ?? {}).some((key) => key.startsWith('MaxRuntimeInSeconds')))
         findings.push(`${name}: its job may run for ever`);
       if (NetworkConfig?.EnableInterContainerTrafficEncryption !== true)
         findings.push(`${name}: its instances talk in the clear`);
       if (typeof NetworkConfig?.EnableNetworkIsolation !== 'boolean')
         findings.push(`${name}: does not say whether its container is cut off from the network`);
+      const runsModel = list(AppSpecification?.ContainerArguments as unknown).includes('process');
+      if (runsModel && !('SLIDEWAY_MODEL_SECONDS.$' in (Environment ?? {})))
+        findings.push(`${name}: its container is not told SLIDEWAY_MODEL_SECONDS`);
     }
     if (operation === 'createTransformJob') {
       if (!says('MaxConcurrentTransforms') || !says('MaxPayloadInMB'))

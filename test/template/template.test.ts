@@ -500,8 +500,9 @@ describe('every task of the state machine', () => {
       state.Retry = [];
       delete state.Parameters?.StoppingCondition;
       delete state.Parameters?.NetworkConfig;
+      delete state.Parameters?.Environment;
     });
-    expect(jobs(copy)).toHaveLength(4);
+    expect(jobs(copy)).toHaveLength(5);
     const transform = brokenState('Run transform job', (state) => {
       state.Retry = [];
       state.Catch = [{ ErrorEquals: ['States.ALL'] }];
@@ -606,6 +607,11 @@ describe('every SageMaker call', () => {
     if (!task) throw new Error('The definition has no state Run job.');
     return call(task);
   };
+
+  it('tells the container how long the model may take for a batch, as text', async () => {
+    const { request } = await runJob();
+    expect(request.Environment).toMatchObject({ SLIDEWAY_MODEL_SECONDS: '120' });
+  });
 
   it.skipIf(!hasCurrentServiceModel)('is a request that AWS’s service model takes', async () => {
     const requests = await Promise.all([...sagemakerTasks(flow)].map(call));
