@@ -172,6 +172,7 @@ export const modelSchema = z.object({
         .regex(/^ml\.[a-z0-9-]+\.[a-z0-9]+$/, 'an instance type such as ml.g5.xlarge')
         .optional(),
       maxInstances: z.number().int().min(1).max(100).optional(),
+      packsPerInstance: z.number().int().min(1).max(100_000).optional(),
       maxConcurrentTransforms: z.number().int().min(1).max(100).optional(),
       maxPayloadInMB: z.number().int().min(1).max(100).optional(),
       invocationTimeoutSeconds: z.number().int().min(1).max(3600).optional(),

@@ -184,14 +184,17 @@ describe('a model in transform mode', () => {
   it('has its own encoding and machines where its package asks for them', async () => {
     const { job, shard } = await planOf('own', {
       tile: { ...MODEL.tile, encoding: { format: 'png' } },
-      transform: { instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, maxInstances: undefined },
+      transform: {
+        ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, packsPerInstance: 20 },
+        maxInstances: undefined,
+      },
       modelSeconds: 900,
     });
     expect(job?.modelSeconds).toBe(900);
     expect(shard.tiling).toMatchObject({ format: 'png', quality: 90 });
     expect(job?.transform).toEqual({
       ...config.transform,
-      ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2 },
+      ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, packsPerInstance: 20 },
     });
   });
 });

@@ -55,6 +55,7 @@ def predictor(package: bytes, folder: Path, **changes: str) -> Predictor:
         ({"input": {"mean": [0, 0], "std": [1, 1, 1]}}, "input.mean must be a list of 3"),
         ({"input": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "input.std must be positive"),
         ({"mode": "batch"}, "mode must be one of"),
+        ({"transform": {"packsPerInstance": 0}}, "transform.packsPerInstance must be from 1 to 100000"),
         ({"modelSeconds": 0}, "modelSeconds must be from 1 to 3590"),
         ({"aggregate": ["average"]}, "aggregate must be a list of strings like mean"),
         ({"heatmap": {"output": "other"}}, "heatmap.output other is not among the outputs"),

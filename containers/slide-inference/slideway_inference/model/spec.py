@@ -23,6 +23,7 @@ _MAX_MODEL_SECONDS = 3590
 _MAX_TRANSFORM_MB = 100
 _TRANSFORM_LIMITS = {
     "maxInstances": 100,
+    "packsPerInstance": 100_000,
     "maxConcurrentTransforms": 100,
     "maxPayloadInMB": 100,
     "invocationTimeoutSeconds": 3600,
@@ -180,7 +181,7 @@ def _transform(top: _Fields) -> None:
     fields = _Fields(given, "transform")
     if fields.has("instanceType"):
         fields.text("instanceType", _INSTANCE)
-    for name in ("maxInstances", "invocationTimeoutSeconds"):
+    for name in ("maxInstances", "packsPerInstance", "invocationTimeoutSeconds"):
         fields.integer(name, 1, _TRANSFORM_LIMITS[name], default=1)
     requests, megabytes = (
         fields.integer(name, 1, _TRANSFORM_LIMITS[name], default=1)
