@@ -28,6 +28,7 @@ export interface State {
   TimeoutSeconds?: number;
   Retry?: { ErrorEquals: string[] }[];
   Catch?: { ErrorEquals: string[] }[];
+  ToleratedFailurePercentage?: number;
   ItemProcessor?: Definition & { ProcessorConfig?: { Mode?: string; ExecutionType?: string } };
   Branches?: Definition[];
 }
@@ -472,7 +473,10 @@ export function* states({ States }: Definition, around: State[] = []): Generator
 
 const catchesAll = (state: State) => state.Catch?.at(-1)?.ErrorEquals.includes('States.ALL') === true;
 
-/** Every task has a limit, retries what may pass, and what is left of its failures is caught by it or around it. */
+/** A Map that counts what its children fail instead of failing with them. */
+const tolerates = (state: State) => state.Type === 'Map' && state.ToleratedFailurePercentage === 100;
+
+/** Every task has a limit, retries what may pass, and catches the rest; but for children whose failure is tolerated. */
 export function tasks(definition: Definition): string[] {
   const findings: string[] = [];
   for (const { name, state, around } of states(definition)) {
@@ -489,8 +493,7 @@ export function tasks(definition: Definition): string[] {
     for (const { ErrorEquals } of state.Retry ?? [])
       if (ErrorEquals.includes('States.ALL') || ErrorEquals.includes('States.TaskFailed'))
         findings.push(`${name}: retries whatever it was`);
-    if (!catchesAll(state) && !around.some(catchesAll))
-      findings.push(`${name}: nothing catches its failures`);
+    if (!catchesAll(state) && !around.some(tolerates)) findings.push(`${name}: nothing catches its failures`);
   }
   return findings;
 }
