@@ -138,7 +138,10 @@ export function leastPrivilege(template: Template): string[] {
     }
     if (actions.includes('iam:PassRole') && !statement.Condition?.StringEquals?.['iam:PassedToService'])
       findings.push(`${where}: iam:PassRole without iam:PassedToService`);
-    if (actions.includes('cloudwatch:PutMetricData') && !statement.Condition?.StringEquals)
+    if (
+      actions.includes('cloudwatch:PutMetricData') &&
+      !statement.Condition?.StringEquals?.['cloudwatch:namespace']
+    )
       findings.push(`${where}: cloudwatch:PutMetricData without a namespace`);
   }
   for (const [id, role] of ofType(template, 'AWS::IAM::Role')) {
@@ -149,6 +152,30 @@ export function leastPrivilege(template: Template): string[] {
         findings.push(`${id}: may be assumed by others than a service`);
   }
   return [...findings, ...sharedRoles(template)];
+}
+
+/** What SageMaker itself does under a job's role: pull the image, keep its lines, measure its instances. */
+const OF_EVERY_JOB = [
+  'ecr:BatchGetImage',
+  'ecr:GetAuthorizationToken',
+  'logs:PutLogEvents',
+  'cloudwatch:PutMetricData',
+];
+
+/** The roles of SageMaker's jobs allow what SageMaker needs around the container. */
+export function jobRights(template: Template): string[] {
+  const findings: string[] = [];
+  for (const [id, role] of ofType(template, 'AWS::IAM::Role')) {
+    const trusted = (role.AssumeRolePolicyDocument as PolicyDocument).Statement.some(
+      ({ Principal }) => (Principal as { Service?: unknown })?.Service === 'sagemaker.amazonaws.com',
+    );
+    if (!trusted) continue;
+    const allowed = [...grants(template)].flatMap(([holder, { Effect, Action }]) =>
+      holder === id && Effect === 'Allow' ? list(Action) : [],
+    );
+    for (const action of OF_EVERY_JOB) if (!allowed.includes(action)) findings.push(`${id}: lacks ${action}`);
+  }
+  return findings;
 }
 
 /** Roles that more than one function acts under, or functions without one of their own. */

@@ -24,6 +24,7 @@ import {
   type Definition,
   deadLetters,
   functions,
+  jobRights,
   jobs,
   leastPrivilege,
   logGroups,
@@ -211,6 +212,18 @@ describe('least privilege', () => {
         }),
       ),
     ).toEqual([expect.stringContaining(`${one} and ${two}`)]);
+  });
+
+  it.each(['JobRole', 'TransformRole'])('leaves SageMaker enough around the container, in %s', (role) => {
+    expect(jobRights(packaged)).toEqual([]);
+    const silent = withStatement(role, 'MeasureInstances', (statement) => {
+      statement.Effect = 'Deny';
+    });
+    expect(jobRights(silent)).toEqual([`${role}: lacks cloudwatch:PutMetricData`]);
+    const wide = withStatement(role, 'MeasureInstances', (statement) => {
+      statement.Condition = { StringEquals: { 'aws:SourceAccount': '1' } };
+    });
+    expect(leastPrivilege(wide)).toEqual([expect.stringContaining('without a namespace')]);
   });
 
   it('leaves the state machine enough to call its functions and run its jobs', () => {
