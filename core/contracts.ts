@@ -662,6 +662,9 @@ export interface JobItem {
   version: string;
   state: 'SUCCEEDED' | 'FAILED';
   reason?: Reason;
+  /** Of a Transform job: packs it was given, and the jobs just before it that had left no fewer of them missing. */
+  packs?: number | undefined;
+  fruitless?: number | undefined;
   instanceType: string;
   instanceCount: number;
   instanceSeconds: number;

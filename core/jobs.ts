@@ -9,8 +9,15 @@ export interface JobOutcome {
   kind: JobKind;
   /** Of this kind, from 1. */
   attempt: number;
-  /** The machines of a Transform job, as they were planned. */
-  transform?: { instanceType?: string | undefined; instanceCount?: number | undefined } | undefined;
+  /** A Transform job as it was planned: machines, the packs it was given, fruitless jobs before it. */
+  transform?:
+    | {
+        instanceType?: string | undefined;
+        instanceCount?: number | undefined;
+        packs?: number | undefined;
+        fruitless?: number | undefined;
+      }
+    | undefined;
   done?:
     | {
         jobName: string;
@@ -36,6 +43,7 @@ export async function recordJob(
   const imageUri = done?.imageUri ?? imageOf(description);
   const roleArn = done?.roleArn ?? description.RoleArn;
   const endedAt = isoTime(end);
+  const packs = kind === 'transform' && { packs: transform?.packs, fruitless: transform?.fruitless };
   const item: JobItem = {
     jobName,
     kind,
@@ -43,6 +51,7 @@ export async function recordJob(
     version: job.version,
     state: failure ? 'FAILED' : 'SUCCEEDED',
     ...(failure && { reason: jobReason(kind, failure, description) }),
+    ...packs,
     instanceType,
     instanceCount,
     instanceSeconds: Math.round((secondsBetween(start, end) * instanceCount + Number.EPSILON) * 1000) / 1000,
@@ -67,6 +76,7 @@ export async function recordJob(
         imageUri,
         imageDigest: imageDigest(imageUri),
         roleArn,
+        ...packs,
         instanceType,
         instanceCount,
         startedAt: isoTime(start),

@@ -12,7 +12,12 @@ const inputSchema = z.object({
   kind: jobKindSchema,
   attempt: z.number().int(),
   transform: z
-    .object({ instanceType: z.string().optional(), instanceCount: z.number().int().optional() })
+    .object({
+      instanceType: z.string().optional(),
+      instanceCount: z.number().int().optional(),
+      packs: z.number().int().optional(),
+      fruitless: z.number().int().optional(),
+    })
     .optional(),
   done: z
     .object({

@@ -267,13 +267,13 @@ describe('how things ended', () => {
     await recordJob(
       {
         ...{ run, job, kind: 'transform', attempt: 1 },
-        transform: { instanceType: 'ml.g5.xlarge', instanceCount: 4 },
+        transform: { instanceType: 'ml.g5.xlarge', instanceCount: 4, packs: 20, fruitless: 1 },
         failure: { error: 'States.TaskFailed', cause },
       },
       services,
     );
     const [item] = await Array.fromAsync(services.state.jobs(run.runId));
-    expect(item).toMatchObject({ instanceSeconds: 8, instanceCount: 4 });
+    expect(item).toMatchObject({ instanceSeconds: 8, instanceCount: 4, packs: 20, fruitless: 1 });
   });
 
   it('a slide that no function could end is FAILED, unless it had ended', async () => {

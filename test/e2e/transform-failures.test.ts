@@ -274,7 +274,7 @@ const CAPACITY = { failureReason: 'CapacityError: Unable to provision requested 
 const name = (kind: string, attempt = 1) => `${MODEL_NAME}-${kind}-${attempt}`;
 
 describe('a pack that fails', () => {
-  it('is tried again alone, in three jobs at most, and takes only its own slide with it', async () => {
+  it('is tried again alone, twice more in vain, and takes only its own slide with it', async () => {
     const { summary, transitions } = await run('packs', ['two', 'once', 'never']);
     expect(asked).toEqual([
       name('tile'),
@@ -282,6 +282,7 @@ describe('a pack that fails', () => {
       name('transform'),
       name('transform', 2),
       name('transform', 3),
+      name('transform', 4),
       name('join'),
     ]);
     expect(reasons(summary)).toEqual({ two: 'Joined', once: 'Joined', never: 'PackFailed' });
@@ -291,6 +292,16 @@ describe('a pack that fails', () => {
       ['transform', '1', 'FAILED', 'TransformFailed'],
       ['transform', '2', 'FAILED', 'TransformFailed'],
       ['transform', '3', 'FAILED', 'TransformFailed'],
+      ['transform', '4', 'FAILED', 'TransformFailed'],
+    ]);
+    const given = summary.jobs.filter(({ kind }) => kind === 'transform');
+    expect(given.map(({ packs, fruitless }) => [packs, fruitless])).toEqual([
+      ...[
+        [4, 0],
+        [2, 0],
+        [1, 0],
+        [1, 1],
+      ],
     ]);
     const { runId } = summary;
     const packs = async (attempt: number) => {
@@ -300,7 +311,7 @@ describe('a pack that fails', () => {
     };
     expect((await packs(1)).sort()).toEqual(['never', 'once', 'two', 'two']);
     expect((await packs(2)).sort()).toEqual(['never', 'once']);
-    expect(await packs(3)).toEqual(['never']);
+    for (const attempt of [3, 4]) expect(await packs(attempt)).toEqual(['never']);
     expect(await modelNames()).toEqual([]);
     expect(summary.cost.transitions).toBe(transitions);
     expect(readFileSync(work.path('notes', 'limits'), 'utf8')).toBe('590 120');
