@@ -668,7 +668,7 @@ export interface JobItem {
   instanceType: string;
   instanceCount: number;
   instanceSeconds: number;
-  /** As SageMaker says it; absent for a job that never began. */
+  /** As SageMaker says it, or when it was given up; absent for a job that never began. */
   endedAt?: string;
 }
 

@@ -483,6 +483,10 @@ it('a Transform job that takes too long is stopped, and another does what is mis
     ['transform', '1', 'FAILED', 'JobTimedOut'],
     ['transform', '2', 'SUCCEEDED', undefined],
   ]);
+  const [seconds = 0] = summary.jobs.slice(2).map(({ instanceSeconds }) => instanceSeconds);
+  // It began before Step Functions had waited for the first time, and is stopped soon after.
+  expect(seconds).toBeGreaterThan(TRANSFORM_SECONDS / 2);
+  expect(seconds).toBeLessThan(TRANSFORM_SECONDS + 30);
   const { TransformJobSummaries = [] } = await sageMaker.send(
     new ListTransformJobsCommand({ StatusEquals: 'Stopped' }),
   );
