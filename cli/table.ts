@@ -24,7 +24,8 @@ export const tableWidth = (columns: Column[], rows: Row[]): number =>
 
 const widthsOf = (columns: Column[], rows: Row[]): number[] =>
   columns.map(({ title }, index) =>
-    Math.max(widthOf(title), ...rows.map(({ cells }) => widthOf(cells[index] ?? ''))),
+    // There may be more rows than a call takes arguments.
+    rows.reduce((widest, { cells }) => Math.max(widest, widthOf(cells[index] ?? '')), widthOf(title)),
   );
 
 /** Lines of the table. Where it is wider than `width`, its last column is wrapped. */

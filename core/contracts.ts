@@ -105,6 +105,9 @@ export const TILE_FORMATS = ['jpeg', 'png', 'raw'] as const;
 const tileFormat = z.enum(TILE_FORMATS);
 const quality = z.number().int().min(1).max(100);
 
+/** What a batch may take, in seconds; a model that takes longer is stuck. An hour is the most that a request may. */
+export const modelSecondsSchema = z.number().int().min(1).max(3590);
+
 /** What a slide-level head brings into a package. */
 const headSchema = z.object({
   /** TorchScript within the package. */
@@ -145,6 +148,8 @@ export const modelSchema = z.object({
   }),
   mode: modeSchema,
   batch: z.number().int().min(1).max(65536).default(64),
+  /** Default: the stage's. */
+  modelSeconds: modelSecondsSchema.optional(),
   aggregate: z.array(aggregate).min(1).default(['mean']),
   top_k: z.number().int().min(1).default(10),
   heatmap: z
@@ -167,6 +172,7 @@ export const modelSchema = z.object({
         .regex(/^ml\.[a-z0-9-]+\.[a-z0-9]+$/, 'an instance type such as ml.g5.xlarge')
         .optional(),
       maxInstances: z.number().int().min(1).max(100).optional(),
+      packsPerInstance: z.number().int().min(1).max(100_000).optional(),
       maxConcurrentTransforms: z.number().int().min(1).max(100).optional(),
       maxPayloadInMB: z.number().int().min(1).max(100).optional(),
       invocationTimeoutSeconds: z.number().int().min(1).max(3600).optional(),
@@ -399,6 +405,7 @@ export const transformSettingsSchema = z.object({
   maxConcurrentTransforms: z.number().int().min(1).max(100).optional(),
   /** At least; a pack that is larger raises it. */
   maxPayloadInMB: z.number().int().min(1).max(100),
+  /** At least; a model whose batches may take longer raises it. */
   invocationTimeoutSeconds: z.number().int().min(1).max(3600),
 });
 export type TransformSettings = z.infer<typeof transformSettingsSchema>;
@@ -420,6 +427,8 @@ export const inferenceJobSchema = instancesSchema.extend({
   modelDigest: z.string().optional(),
   slides: z.number().int(),
   maxRuntimeInSeconds: z.number().int(),
+  /** Absent in runs before there was such a setting. */
+  modelSeconds: modelSecondsSchema.optional(),
   /** In transform mode; the jobs themselves are the tiling's. */
   join: instancesSchema.optional(),
   transform: transformSettingsSchema.optional(),
@@ -653,10 +662,13 @@ export interface JobItem {
   version: string;
   state: 'SUCCEEDED' | 'FAILED';
   reason?: Reason;
+  /** Of a Transform job: packs it was given, and the jobs just before it that had left no fewer of them missing. */
+  packs?: number | undefined;
+  fruitless?: number | undefined;
   instanceType: string;
   instanceCount: number;
   instanceSeconds: number;
-  /** As SageMaker says it; absent for a job that never began. */
+  /** As SageMaker says it, or when it was given up; absent for a job that never began. */
   endedAt?: string;
 }
 

@@ -43,6 +43,8 @@ export interface InferenceConfig extends InstancesConfig {
   /** Jobs of this deployment are named `<jobPrefix>-…`. */
   jobPrefix: string;
   maxRuntimeInSeconds: number;
+  /** What a batch of a model may take; what a package says itself comes over it. */
+  modelSeconds: number;
   /** Of models in transform mode; what a package asks for itself comes over it. */
   tiles: InstancesConfig & Pick<Tiling, 'format' | 'quality' | 'packBytes' | 'objects' | 'keepDays'>;
   join: InstancesConfig;
@@ -134,6 +136,7 @@ export async function planInference(
       instanceType: first.instanceType,
       volumeSizeInGB: first.volumeSizeInGB,
       maxRuntimeInSeconds: config.maxRuntimeInSeconds,
+      modelSeconds: model.modelSeconds ?? config.modelSeconds,
       ...(mode === 'transform' && {
         join: {
           // Each takes whole shards.

@@ -9,8 +9,15 @@ export interface JobOutcome {
   kind: JobKind;
   /** Of this kind, from 1. */
   attempt: number;
-  /** The machines of a Transform job, as they were planned. */
-  transform?: { instanceType?: string | undefined; instanceCount?: number | undefined } | undefined;
+  /** A Transform job as it was planned: machines, the packs it was given, fruitless jobs before it. */
+  transform?:
+    | {
+        instanceType?: string | undefined;
+        instanceCount?: number | undefined;
+        packs?: number | undefined;
+        fruitless?: number | undefined;
+      }
+    | undefined;
   done?:
     | {
         jobName: string;
@@ -23,19 +30,31 @@ export interface JobOutcome {
   failure?: { error: string; cause: string } | undefined;
 }
 
+export interface RecordDependencies {
+  state: StateTable;
+  lineage: Lineage;
+  /** What SageMaker says of a job; undefined where there is none of that name. */
+  describe(kind: JobKind, jobName: string): Promise<object | undefined>;
+}
+
 /** Puts the end of a run's job on record: its state, why, and the instance seconds it took. */
 export async function recordJob(
   { run, job, kind, attempt, transform, done, failure }: JobOutcome,
-  { state, lineage }: { state: StateTable; lineage: Lineage },
+  { state, lineage, describe }: RecordDependencies,
 ): Promise<Pick<JobItem, 'jobName' | 'state' | 'instanceSeconds'>> {
-  const description = failure ? parseCause(failure.cause) : {};
-  const start = done?.startTime ?? description.ProcessingStartTime ?? description.TransformStartTime;
-  const end = done?.endTime ?? description.ProcessingEndTime ?? description.TransformEndTime;
   const jobName = jobNameFor(job, kind, attempt);
+  const told = failure ? parseCause(failure.cause) : {};
+  // A time-out, for one, says nothing of the job that it gave up.
+  const isTold = !failure || startOf(told) !== undefined;
+  const description = isTold ? told : { ...told, ...(await describe(kind, jobName)) };
+  const start = done?.startTime ?? startOf(description);
+  // A job that has no end yet is being stopped.
+  const end = done?.endTime ?? endOf(description) ?? (start === undefined ? undefined : Date.now());
   const { instanceType, instanceCount } = instancesOf(job, kind, transform);
   const imageUri = done?.imageUri ?? imageOf(description);
   const roleArn = done?.roleArn ?? description.RoleArn;
   const endedAt = isoTime(end);
+  const packs = kind === 'transform' && { packs: transform?.packs, fruitless: transform?.fruitless };
   const item: JobItem = {
     jobName,
     kind,
@@ -43,6 +62,7 @@ export async function recordJob(
     version: job.version,
     state: failure ? 'FAILED' : 'SUCCEEDED',
     ...(failure && { reason: jobReason(kind, failure, description) }),
+    ...packs,
     instanceType,
     instanceCount,
     instanceSeconds: Math.round((secondsBetween(start, end) * instanceCount + Number.EPSILON) * 1000) / 1000,
@@ -67,6 +87,7 @@ export async function recordJob(
         imageUri,
         imageDigest: imageDigest(imageUri),
         roleArn,
+        ...packs,
         instanceType,
         instanceCount,
         startedAt: isoTime(start),
@@ -76,6 +97,11 @@ export async function recordJob(
   );
   return { jobName, state: item.state, instanceSeconds: item.instanceSeconds };
 }
+
+const startOf = ({ ProcessingStartTime, TransformStartTime }: Record<string, unknown>) =>
+  ProcessingStartTime ?? TransformStartTime;
+const endOf = ({ ProcessingEndTime, TransformEndTime }: Record<string, unknown>) =>
+  ProcessingEndTime ?? TransformEndTime;
 
 /** What SageMaker knows the job by; as the state machine puts it together. */
 export const jobNameFor = ({ jobName }: InferenceJob, kind: JobKind, attempt: number): string =>

@@ -12,10 +12,12 @@ import { concurrencyOf, MOST_IN_FLIGHT_MB } from './instances.ts';
 import { packsKey, shardKey, TILES_PREFIX, tiledKey, transformedPrefix } from './keys.ts';
 import { readJson, writeJson } from './store.ts';
 
-/** Jobs that a pack may fail in. */
-const ATTEMPTS = 3;
-/** Where not one pack has been answered, it is the model or its server: once more is enough. */
-const ATTEMPTS_WITHOUT_ANSWER = 2;
+/** Jobs in a row that may leave as many packs missing as they were given: of what they tried, once more is enough. */
+const FRUITLESS_JOBS = 2;
+/** Jobs of a model in all. One that is stopped at its time limit again and again gets its packs done in as many. */
+const MOST_JOBS = 10;
+/** SageMaker waits so much longer for an answer than the server works at it, so that the server's own reason comes. */
+const ANSWER_SECONDS = 10;
 const MB = 1_000_000;
 const OUTPUT = '.out';
 
@@ -25,6 +27,13 @@ const tiledSchema = z.object({
   state: z.enum(['TILED', 'QUARANTINED', 'FAILED']),
   packs: z.array(z.object({ key: z.string(), bytes: z.number(), tiles: z.number() })).optional(),
 });
+
+/** What the plan before this one said of its job; empty before the first. */
+export const previousPlanSchema = z.object({
+  packs: z.number().int().optional(),
+  fruitless: z.number().int().optional(),
+});
+export type PreviousPlan = z.infer<typeof previousPlanSchema>;
 
 export interface TransformDependencies {
   s3: S3Client;
@@ -44,6 +53,8 @@ export type TransformPlan =
       done: false;
       attempt: number;
       packs: number;
+      /** Jobs just before this one that left no fewer packs missing than they were given. */
+      fruitless: number;
       manifestUri: string;
       outputUri: string;
       instanceType: string;
@@ -51,13 +62,15 @@ export type TransformPlan =
       maxConcurrentTransforms: number;
       maxPayloadInMB: number;
       invocationTimeoutSeconds: number;
+      /** What the server gives itself for a request. */
+      requestSeconds: number;
     };
 
 /** @throws {ModelDigestMismatch | PackTooLarge} */
 export async function planTransform(
   { runId }: RunContext,
   job: InferenceJob,
-  attempt: number,
+  { attempt, previous = {} }: { attempt: number; previous?: PreviousPlan | undefined },
   { s3, silverBucket: bucket }: TransformDependencies,
 ): Promise<TransformPlan> {
   await checkPackage(s3, job);
@@ -65,8 +78,10 @@ export async function planTransform(
   const prefix = transformedPrefix(runId, job.model);
   const answered = await answeredPacks(s3, bucket, prefix);
   const missing = [...packs].filter(([key]) => !answered.has(baseName(key))).sort();
-  const limit = answered.size === 0 ? ATTEMPTS_WITHOUT_ANSWER : ATTEMPTS;
-  if (missing.length === 0 || attempt > limit) return { done: true, attempt, tiled, missing: missing.length };
+  const { packs: given = Number.POSITIVE_INFINITY } = previous;
+  const fruitless = missing.length < given ? 0 : (previous.fruitless ?? 0) + 1;
+  if (missing.length === 0 || fruitless >= FRUITLESS_JOBS || attempt > MOST_JOBS)
+    return { done: true, attempt, tiled, missing: missing.length };
 
   const key = packsKey(runId, job.model, attempt);
   const names = missing.map(([pack]) => pack.slice(TILES_PREFIX.length));
@@ -77,16 +92,19 @@ export async function planTransform(
     done: false,
     attempt,
     packs: missing.length,
+    fruitless,
     manifestUri: `s3://${bucket}/${key}`,
     outputUri: `s3://${bucket}/${prefix}`,
     ...sized(settings, missing),
+    ...limits(settings, job),
   };
 }
 
 /** Machines and requests for these packs. */
 function sized(settings: TransformSettings, packs: [string, number][]) {
   const { instanceType, maxInstances, packsPerInstance, maxConcurrentTransforms } = settings;
-  const largest = Math.max(...packs.map(([, bytes]) => bytes));
+  // There may be more packs than a call takes arguments.
+  const largest = packs.reduce((most, [, bytes]) => Math.max(most, bytes), 0);
   const maxPayloadInMB = Math.max(settings.maxPayloadInMB, Math.ceil(largest / MB));
   if (maxPayloadInMB > MOST_IN_FLIGHT_MB) {
     throw new PackTooLarge(
@@ -102,8 +120,13 @@ function sized(settings: TransformSettings, packs: [string, number][]) {
       room,
     ),
     maxPayloadInMB,
-    invocationTimeoutSeconds: settings.invocationTimeoutSeconds,
   };
+}
+
+/** A request may take at least as long as a batch. */
+function limits({ invocationTimeoutSeconds: least }: TransformSettings, { modelSeconds = 1 }: InferenceJob) {
+  const invocationTimeoutSeconds = Math.max(least, modelSeconds + ANSWER_SECONDS);
+  return { invocationTimeoutSeconds, requestSeconds: invocationTimeoutSeconds - ANSWER_SECONDS };
 }
 
 /** SageMaker takes whatever version of the package lies in the bucket: it must be the one that the run pinned. */

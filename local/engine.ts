@@ -26,6 +26,7 @@ import {
   stateMachineArn,
   type TypeName,
 } from './resources.ts';
+import type { LifecycleRule } from './s3/lifecycle.ts';
 import type { BucketLock, LockMode } from './s3/lock.ts';
 import { S3Service } from './s3/service.ts';
 import { SageMaker, type SageMakerOptions } from './sagemaker/service.ts';
@@ -221,6 +222,8 @@ class Engine {
       s3: new S3Service({
         folder: folder('s3'),
         onObjectCreated: (created) => events.objectCreated(created),
+        onExpired: (expired) =>
+          logs.append('/local/s3', 'lifecycle', [JSON.stringify({ event: 'expired', ...expired })]),
       }),
       dynamodb: new DynamoDb({ folder: folder('dynamodb') }),
       sns: new Sns({
@@ -342,11 +345,12 @@ class Engine {
     switch (resource.type) {
       case 'AWS::S3::Bucket': {
         const { VersioningConfiguration, NotificationConfiguration } = resource.properties;
-        const { ObjectLockEnabled, ObjectLockConfiguration } = resource.properties;
+        const { ObjectLockEnabled, ObjectLockConfiguration, LifecycleConfiguration } = resource.properties;
         await s3.createBucket(name, {
           versioning: VersioningConfiguration?.Status === 'Enabled',
           eventBridge: NotificationConfiguration?.EventBridgeConfiguration.EventBridgeEnabled ?? false,
           ...(ObjectLockEnabled && { lock: lockOf(ObjectLockConfiguration?.Rule?.DefaultRetention) }),
+          lifecycle: lifecycleOf(LifecycleConfiguration),
         });
         break;
       }
@@ -531,6 +535,20 @@ function lockOf(
   const days = 'Days' in retention ? retention.Days : retention.Years * DAYS_A_YEAR;
   return { default: { mode: retention.Mode, days } };
 }
+
+type BucketProperties = Extract<Resource, { type: 'AWS::S3::Bucket' }>['properties'];
+
+const lifecycleOf = (configuration: BucketProperties['LifecycleConfiguration']): LifecycleRule[] =>
+  (configuration?.Rules ?? [])
+    .filter(({ Status }) => Status === 'Enabled')
+    .map((rule) => ({
+      id: rule.Id,
+      prefix: rule.Prefix,
+      tags: rule.TagFilters.map(({ Key, Value }) => [Key, Value]),
+      days: rule.ExpirationInDays,
+      noncurrentDays: rule.NoncurrentVersionExpiration?.NoncurrentDays,
+      uploadDays: rule.AbortIncompleteMultipartUpload?.DaysAfterInitiation,
+    }));
 
 /** A service whose operations get the caller as it sees it. */
 function seenBy(service: JsonService, see: (caller: Caller) => Caller): JsonService {

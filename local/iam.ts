@@ -66,6 +66,8 @@ const KNOWN_KEYS = [
   'aws:RequestedRegion',
   'aws:SourceAccount',
   'aws:SourceArn',
+  // Of requests that nobody makes here: there are no metrics.
+  'cloudwatch:namespace',
   'iam:PassedToService',
   's3:if-match',
   's3:if-none-match',

@@ -15,7 +15,7 @@ const document = z.unknown();
 const NOT_BILLED = 'nothing is billed on one machine';
 const NOT_ENCRYPTED = 'files are as private as the disk they lie on';
 const NOT_REMOTE = 'nothing but this machine reaches the local AWS';
-const NOT_EXPIRED = 'a laptop keeps what it has until the state folder is deleted';
+const NOT_EXPIRED = 'a laptop keeps its lines until the state folder is deleted';
 const NOT_LABELLED = 'nobody searches a laptop by tag';
 const NOT_REPLICATED = 'one machine has one copy; back up the state folder';
 const NOT_TRACED = 'there is no tracing service on one machine';
@@ -70,6 +70,17 @@ const retention = z.union([
   z.strictObject({ Mode: z.enum(LOCK_MODES), Years: number.int().min(1) }),
 ]);
 
+const days = number.int().min(1);
+const lifecycleRule = z.strictObject({
+  Id: z.string(),
+  Status: z.enum(['Enabled', 'Disabled']),
+  Prefix: z.string().default(''),
+  TagFilters: z.array(z.strictObject({ Key: z.string(), Value: z.string() })).default([]),
+  ExpirationInDays: days.optional(),
+  NoncurrentVersionExpiration: z.strictObject({ NoncurrentDays: days }).optional(),
+  AbortIncompleteMultipartUpload: z.strictObject({ DaysAfterInitiation: days }).optional(),
+});
+
 const policy = z.strictObject({ PolicyName: z.string(), PolicyDocument: document });
 
 /** A resource of which nothing can be noticed on one machine. */
@@ -99,13 +110,13 @@ export const RESOURCE_TYPES = {
           Rule: z.strictObject({ DefaultRetention: retention }).optional(),
         })
         .optional(),
+      LifecycleConfiguration: z.strictObject({ Rules: z.array(lifecycleRule) }).optional(),
     }),
     noEffect: {
       BucketEncryption: NOT_ENCRYPTED,
       PublicAccessBlockConfiguration: NOT_REMOTE,
       OwnershipControls: 'there is one account',
       LoggingConfiguration: NOT_REMOTE,
-      LifecycleConfiguration: NOT_EXPIRED,
       IntelligentTieringConfigurations: NOT_BILLED,
       Tags: NOT_LABELLED,
     },

@@ -125,7 +125,8 @@ export class Sns implements BodyService {
 function keep(folder: string, message: Message): void {
   const fresh = join(folder, `.${message.messageId}`);
   writeFileSync(fresh, `${JSON.stringify(message, null, 2)}\n`);
-  let number = Math.max(0, ...readdirSync(folder).map((name) => Number.parseInt(name, 10) || 0)) + 1;
+  let number =
+    readdirSync(folder).reduce((last, name) => Math.max(last, Number.parseInt(name, 10) || 0), 0) + 1;
   for (;;) {
     try {
       linkSync(fresh, join(folder, `${String(number).padStart(6, '0')}.json`));

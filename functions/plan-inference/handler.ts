@@ -1,6 +1,11 @@
 /** Groups the ingested slides by model into shards; see README.md. */
 import { z } from 'zod';
-import { runContextSchema, TILE_FORMATS, transformSettingsSchema } from '../../core/contracts.ts';
+import {
+  modelSecondsSchema,
+  runContextSchema,
+  TILE_FORMATS,
+  transformSettingsSchema,
+} from '../../core/contracts.ts';
 import { planInference } from '../../core/inference.ts';
 import { environment, handle, lineage, s3Client, stateTable } from '../runtime.ts';
 
@@ -24,6 +29,7 @@ const dependencies = {
     ...instances(),
     jobPrefix: environment('JOB_PREFIX'),
     maxRuntimeInSeconds: number('MAX_RUNTIME_IN_SECONDS'),
+    modelSeconds: modelSecondsSchema.parse(number('MODEL_SECONDS')),
     tiles: {
       ...instances('TILES_'),
       format: z.enum(TILE_FORMATS).parse(environment('TILE_FORMAT')),

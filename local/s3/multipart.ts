@@ -216,15 +216,24 @@ export class Multipart {
 
   async abort(request: S3Request): Promise<Reply> {
     request.caller.authorize('s3:AbortMultipartUpload', request.objectArn);
-    await this.#alone(request, async (upload) => {
-      const parts = [...(await this.#parts(upload.id)).values()];
-      const batch = new Batch().upload(upload, undefined);
-      for (const { number } of parts) batch.part(upload.id, number, undefined);
-      await this.#store.write(batch);
-      this.#content.release(parts.flatMap(({ extents }) => extents));
-      await this.#forget(upload.id);
-    });
+    await this.#alone(request, (upload) => this.#drop(upload));
     return { status: 204 };
+  }
+
+  /** Aborts an upload that nobody finishes, if it is there still. */
+  async expire({ bucket, key, id }: Upload): Promise<void> {
+    await this.#store.alone(`upload ${id}`, async () =>
+      this.#drop(await this.#store.upload(bucket, key, id)),
+    );
+  }
+
+  async #drop(upload: Upload): Promise<void> {
+    const parts = [...(await this.#parts(upload.id)).values()];
+    const batch = new Batch().upload(upload, undefined);
+    for (const { number } of parts) batch.part(upload.id, number, undefined);
+    await this.#store.write(batch);
+    this.#content.release(parts.flatMap(({ extents }) => extents));
+    await this.#forget(upload.id);
   }
 
   async listParts(request: S3Request): Promise<Reply> {

@@ -396,6 +396,11 @@ export class Objects {
     checkWrite(request, current(await this.#store.versions(request.bucket, request.key)));
   }
 
+  /** Leaves a key with these versions; whoever calls is alone with the key. */
+  replace(bucket: string, key: string, kept: Version[], dropped: Version[]): Promise<void> {
+    return this.#write(new Batch().object(bucket, key, kept), dropped);
+  }
+
   /** Writes a batch that drops versions, then gives up what they held. */
   async #write(batch: Batch, dropped: readonly Version[]): Promise<void> {
     const objects = dropped.filter((version): version is ObjectVersion => !isMarker(version));

@@ -13,6 +13,7 @@ import { z } from 'zod';
 import { type Caller, type HttpService, LOCAL_ACCOUNT, LOCAL_REGION, ServiceError } from '../types.ts';
 import { Content } from './content.ts';
 import { Deliveries } from './deliveries.ts';
+import { type Expired, Lifecycle, type LifecycleRule } from './lifecycle.ts';
 import { Listing } from './listing.ts';
 import type { BucketLock } from './lock.ts';
 import { Multipart } from './multipart.ts';
@@ -21,7 +22,11 @@ import { Payload } from './payload.ts';
 import { type Bucket, type ObjectCreated, Store } from './store.ts';
 import { type Reply, readXml, S3Error, S3Request, toXml } from './wire.ts';
 
+export type { Expired } from './lifecycle.ts';
 export type { ObjectCreated } from './store.ts';
+
+/** S3 does it once a day; here nobody may be there at midnight. */
+const LIFECYCLE_MS = 3600 * 1000;
 
 type Operation = (request: S3Request) => Promise<Reply>;
 
@@ -31,16 +36,33 @@ export class S3Service implements HttpService {
   readonly #deliveries: Deliveries;
   readonly #operations: ReadonlyMap<string, Operation>;
   readonly #ready: Promise<void>;
+  readonly #lifecycle: Lifecycle;
+  /** By bucket. */
+  readonly #rules = new Map<string, LifecycleRule[]>();
+  readonly #onExpired: (expired: Expired) => void;
+  readonly #closing = new AbortController();
+  #expiring: Promise<unknown> = Promise.resolve();
+  #clock: NodeJS.Timeout | undefined;
 
   /**
+   * `onExpired` is told what each rule let go, where it was anything.
+   *
    * `onObjectCreated` is called at least once for each object created in a bucket with `eventBridge`, again after a
    * while when it rejects, and again by {@link recover} when the process ended before it resolved.
    */
-  constructor(options: { folder: string; onObjectCreated(event: ObjectCreated): Promise<void> }) {
+  constructor(options: {
+    folder: string;
+    onObjectCreated(event: ObjectCreated): Promise<void>;
+    onExpired?(expired: Expired): void;
+  }) {
     this.#store = new Store(join(options.folder, 'index'));
     this.#content = new Content(join(options.folder, 'content'));
     this.#deliveries = new Deliveries(this.#store, (event) => options.onObjectCreated(event));
-    this.#operations = this.#table();
+    const objects = new Objects(this.#store, this.#content, this.#deliveries);
+    const multipart = new Multipart(this.#store, this.#content, objects);
+    this.#operations = this.#table(objects, multipart);
+    this.#lifecycle = new Lifecycle(this.#store, objects, multipart);
+    this.#onExpired = (expired) => options.onExpired?.(expired);
     this.#ready = this.#store.open().then(() => this.#content.load(this.#store.extents()));
     // Whoever calls first learns of it.
     this.#ready.catch(() => {});
@@ -49,7 +71,12 @@ export class S3Service implements HttpService {
   /** Creates the bucket, or gives the one that is there this configuration. */
   async createBucket(
     name: string,
-    config: { versioning: boolean; eventBridge: boolean; lock?: BucketLock | undefined },
+    config: {
+      versioning: boolean;
+      eventBridge: boolean;
+      lock?: BucketLock | undefined;
+      lifecycle?: LifecycleRule[];
+    },
   ): Promise<void> {
     await this.#ready;
     checkBucketName(name);
@@ -65,17 +92,39 @@ export class S3Service implements HttpService {
       eventBridge: config.eventBridge,
       ...(lock && { lock }),
     });
+    this.#rules.set(name, config.lifecycle ?? []);
   }
 
-  /** Begins to deliver the events that an earlier process left. Throws {@link FolderInUse}. */
+  /** Begins to deliver the events that an earlier process left, and to keep time. Throws {@link FolderInUse}. */
   async recover(): Promise<void> {
     await this.#ready;
     await this.#deliveries.recover();
+    const expire = () => {
+      // What cannot be done now is done in an hour.
+      this.#expiring = this.expire().catch(() => {});
+    };
+    expire();
+    this.#clock = setInterval(expire, LIFECYCLE_MS).unref();
+  }
+
+  /** Lets go what has outlived its days. */
+  async expire(now = Date.now()): Promise<void> {
+    await this.#ready;
+    for (const [bucket, rules] of this.#rules)
+      for (const rule of rules) {
+        if (this.#closing.signal.aborted) return;
+        const expired = await this.#lifecycle.apply(bucket, rule, now, this.#closing.signal);
+        if (expired.objects + expired.versions + expired.markers + expired.uploads > 0)
+          this.#onExpired(expired);
+      }
   }
 
   /** Ends deliveries and closes the folder; no request may be under way. */
   async close(): Promise<void> {
     await this.#ready;
+    clearInterval(this.#clock);
+    this.#closing.abort();
+    await this.#expiring;
     await this.#deliveries.close();
     await this.#content.close();
     await this.#store.close();
@@ -109,9 +158,7 @@ export class S3Service implements HttpService {
     }
   }
 
-  #table(): Map<string, Operation> {
-    const objects = new Objects(this.#store, this.#content, this.#deliveries);
-    const multipart = new Multipart(this.#store, this.#content, objects);
+  #table(objects: Objects, multipart: Multipart): Map<string, Operation> {
     const listing = new Listing(this.#store);
     return new Map<string, Operation>([
       ['GET service', (request) => this.#listBuckets(request)],

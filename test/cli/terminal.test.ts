@@ -127,6 +127,11 @@ describe('A table', () => {
     ]);
   });
 
+  it('has as many rows as there are', () => {
+    const rows = Array.from({ length: 200_000 }, () => ({ cells: ['a.svs', '1'] }));
+    expect(table(columns, rows, plain, 80)).toHaveLength(200_002);
+  });
+
   it('puts a note below its row, wrapped to the width', () => {
     const rows = [{ cells: ['a.svs', ''], note: 'its pixels cannot be read at all' }];
     expect(table(columns, rows, plain, 20).slice(2)).toEqual([

@@ -10,7 +10,7 @@ import type {
   ShardSlide,
 } from '../../core/contracts.ts';
 import { balance, jobNameOf, planInference } from '../../core/inference.ts';
-import { causeMessage, failSlide, recordJob } from '../../core/jobs.ts';
+import { causeMessage, failSlide, jobNameFor, recordJob } from '../../core/jobs.ts';
 import { inferenceKey, planKey, shardKey, slidesKey } from '../../core/keys.ts';
 import { readJson, readLines, writeJson, writeLines } from '../../core/store.ts';
 import { inferenceConfig } from '../support/inference.ts';
@@ -114,6 +114,7 @@ describe('the inference of a run', () => {
         model: 'm',
         slides: 3,
         instanceCount: 2,
+        modelSeconds: 120,
         shardsUri: `s3://silver/runs/${RUN.runId}/jobs/m/`,
         modelUri: 's3://models/models/m/1/model.tar.gz',
       }),
@@ -183,17 +184,24 @@ describe('a model in transform mode', () => {
   it('has its own encoding and machines where its package asks for them', async () => {
     const { job, shard } = await planOf('own', {
       tile: { ...MODEL.tile, encoding: { format: 'png' } },
-      transform: { instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, maxInstances: undefined },
+      transform: {
+        ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, packsPerInstance: 20 },
+        maxInstances: undefined,
+      },
+      modelSeconds: 900,
     });
+    expect(job?.modelSeconds).toBe(900);
     expect(shard.tiling).toMatchObject({ format: 'png', quality: 90 });
     expect(job?.transform).toEqual({
       ...config.transform,
-      ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2 },
+      ...{ instanceType: 'ml.g6.xlarge', maxConcurrentTransforms: 2, packsPerInstance: 20 },
     });
   });
 });
 
 describe('how things ended', () => {
+  /** What recordJob has, where SageMaker has no job of any name. */
+  const recorder = () => ({ ...services, describe: async (): Promise<object | undefined> => undefined });
   const job = {
     ...config,
     model: 'm',
@@ -221,7 +229,7 @@ describe('how things ended', () => {
         transform: { instanceType: 'ml.g6.xlarge', instanceCount: 5 },
         done: { jobName, startTime: 1_000, endTime: 61_500 },
       },
-      services,
+      recorder(),
     );
     expect(await Array.fromAsync(services.state.jobs(run.runId))).toEqual([
       expect.objectContaining({
@@ -249,7 +257,7 @@ describe('how things ended', () => {
     const run = { ...RUN, runId: `${kind}-${name}` };
     await recordJob(
       { ...{ run, job, kind, attempt: 1, transform: {} }, failure: { error, cause } },
-      services,
+      recorder(),
     );
     const [item] = await Array.fromAsync(services.state.jobs(run.runId));
     expect(item).toMatchObject({ kind, state: 'FAILED', instanceSeconds: 0, reason: { error: name } });
@@ -261,13 +269,40 @@ describe('how things ended', () => {
     await recordJob(
       {
         ...{ run, job, kind: 'transform', attempt: 1 },
-        transform: { instanceType: 'ml.g5.xlarge', instanceCount: 4 },
+        transform: { instanceType: 'ml.g5.xlarge', instanceCount: 4, packs: 20, fruitless: 1 },
         failure: { error: 'States.TaskFailed', cause },
       },
-      services,
+      recorder(),
     );
     const [item] = await Array.fromAsync(services.state.jobs(run.runId));
-    expect(item).toMatchObject({ instanceSeconds: 8, instanceCount: 4 });
+    expect(item).toMatchObject({ instanceSeconds: 8, instanceCount: 4, packs: 20, fruitless: 1 });
+  });
+
+  it.each([
+    ['transform', 'stopped', { TransformStartTime: 1, TransformEndTime: 9 }, 8],
+    ['process', 'stopped', { ProcessingStartTime: 1, ProcessingEndTime: 9 }, 8],
+    ['transform', 'being stopped', { TransformStartTime: -60 }, 60],
+    ['transform', 'not begun', {}, 0],
+  ] as const)('a job %s that was given up counts what it took: %s', async (kind, how, times, seconds) => {
+    const run = { ...RUN, runId: `given-up-${kind}-${how.replace(' ', '-')}` };
+    const asked: unknown[] = [];
+    const describe = async (...given: unknown[]) => {
+      asked.push(given);
+      const entries = Object.entries(times).map(([name, time]) => [name, new Date(Date.now() + time * 1000)]);
+      return Object.fromEntries(entries);
+    };
+    await recordJob(
+      {
+        ...{ run, job, kind, attempt: 2, transform: { instanceCount: 2 } },
+        failure: { error: 'States.Timeout', cause: '' },
+      },
+      { ...services, describe },
+    );
+    expect(asked).toEqual([[kind, jobNameFor(job, kind, 2)]]);
+    const [item] = await Array.fromAsync(services.state.jobs(run.runId));
+    expect(item).toMatchObject({ state: 'FAILED', reason: { error: 'JobTimedOut' }, instanceCount: 2 });
+    expect(Math.floor((item?.instanceSeconds ?? 0) / 2)).toBe(seconds);
+    expect(item?.endedAt === undefined).toBe(seconds === 0);
   });
 
   it('a slide that no function could end is FAILED, unless it had ended', async () => {

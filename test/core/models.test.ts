@@ -117,9 +117,15 @@ describe('model.json', () => {
   it('may ask for either mode, any percentile, and its own tiles and jobs', async () => {
     const asked = {
       mode: 'transform',
+      modelSeconds: 3590,
       aggregate: ['p1', 'p50', 'p99'],
       tile: { px: 224, mpp: 0.5, encoding: { format: 'png' } },
-      transform: { instanceType: 'ml.g5.2xlarge', maxConcurrentTransforms: 4, maxPayloadInMB: 25 },
+      transform: {
+        instanceType: 'ml.g5.2xlarge',
+        maxConcurrentTransforms: 4,
+        maxPayloadInMB: 25,
+        packsPerInstance: 7,
+      },
     };
     expect(await readWith(asked)).toMatchObject(asked);
   });
@@ -155,6 +161,9 @@ describe('model.json', () => {
       { head: { ...HEAD, attention: true }, outputs: ['attention'], heatmap: undefined },
       /no output can be called attention/,
     ],
+    [{ transform: { packsPerInstance: 0 } }, /transform.packsPerInstance/],
+    [{ modelSeconds: 0 }, /modelSeconds/],
+    [{ modelSeconds: 3591 }, /modelSeconds/],
     [{ aggregate: ['p0'] }, /percentile from p1 to p99/],
     [{ aggregate: ['p100'] }, /percentile from p1 to p99/],
     [{ tile: { px: 256, mpp: 0.5, encoding: { format: 'gif' } } }, /tile.encoding.format/],

@@ -4,7 +4,7 @@ import type { InferenceJob, Shard, TransformSettings } from '../../core/contract
 import { concurrencyOf, MOST_IN_FLIGHT_MB, processorsOf } from '../../core/instances.ts';
 import { packsKey, shardKey, tiledKey, transformedPrefix } from '../../core/keys.ts';
 import { readJson, writeJson, writeObject } from '../../core/store.ts';
-import { planTransform, type TransformPlan } from '../../core/transform.ts';
+import { type PreviousPlan, planTransform, type TransformPlan } from '../../core/transform.ts';
 import { inferenceConfig } from '../support/inference.ts';
 import { RUN } from '../support/results.ts';
 import { type Services, startServices } from '../support/services.ts';
@@ -27,7 +27,11 @@ const packOf = (id: string, n: number, bytes = 11 * MB) => ({
 
 let runs = 0;
 /** A model's inference of which tiling is done; slides by shard. */
-async function tiledRun(shards: Record<string, Tiled>[], settings: Partial<TransformSettings> = {}) {
+async function tiledRun(
+  shards: Record<string, Tiled>[],
+  settings: Partial<TransformSettings> = {},
+  modelSeconds = 120,
+) {
   const { s3 } = services;
   runs += 1;
   const run = { ...RUN, runId: `run-${runs}` };
@@ -51,6 +55,7 @@ async function tiledRun(shards: Record<string, Tiled>[], settings: Partial<Trans
   const job: InferenceJob = {
     ...{ model: 'm', version: '1', mode: 'transform', begin: 'tile', jobName: 'j', slides: 1 },
     ...{ instanceCount: 1, instanceType: 'ml.c5.4xlarge', volumeSizeInGB: 1, maxRuntimeInSeconds: 1 },
+    modelSeconds,
     shardsUri: 's3://silver/jobs/',
     modelUri: `s3://${model.bucket}/${model.key}`,
     ...(versionId && { modelVersionId: versionId }),
@@ -67,7 +72,8 @@ async function tiledRun(shards: Record<string, Tiled>[], settings: Partial<Trans
     run,
     model,
     answer,
-    plan: (attempt: number) => planTransform(run, job, attempt, { s3, silverBucket: 'silver' }),
+    plan: (attempt: number, previous?: PreviousPlan) =>
+      planTransform(run, job, { attempt, previous }, { s3, silverBucket: 'silver' }),
     packs: async (attempt: number) =>
       (await readJson(s3, { bucket: 'silver', key: packsKey(run.runId, 'm', attempt) })) as unknown[],
   };
@@ -82,10 +88,11 @@ describe('what a Transform job is to do', () => {
       { b: tiled(packOf('t2', 0, 4 * MB)), again: tiled(packOf('t2', 0, 4 * MB)), empty: tiled() },
     ]);
     expect(await plan(1)).toEqual({
-      ...{ done: false, attempt: 1, packs: 3 },
+      ...{ done: false, attempt: 1, packs: 3, fruitless: 0 },
       manifestUri: `s3://silver/transform/${run.runId}/m/attempt-1/manifest.json`,
       outputUri: `s3://silver/transform/${run.runId}/m/out/`,
-      ...{ instanceType: 'ml.g5.xlarge', instanceCount: 2, invocationTimeoutSeconds: 600 },
+      ...{ instanceType: 'ml.g5.xlarge', instanceCount: 2 },
+      ...{ invocationTimeoutSeconds: 600, requestSeconds: 590 },
       ...{ maxPayloadInMB: 13, maxConcurrentTransforms: 4 },
     });
     expect(await packs(1)).toEqual([
@@ -100,19 +107,70 @@ describe('what a Transform job is to do', () => {
     ]);
     await answer('t-00000', 't/');
     await answer('t-00002', 'some/where/else/');
-    expect(await plan(2)).toMatchObject({ done: false, attempt: 2, packs: 1, instanceCount: 1 });
+    const second = await plan(2, { packs: 3, fruitless: 0 });
+    expect(second).toMatchObject({ done: false, attempt: 2, packs: 1, fruitless: 0, instanceCount: 1 });
     expect(await packs(2)).toEqual([{ prefix: 's3://silver/tiles/' }, 't/t-00001.tar']);
-    expect(await plan(3)).toMatchObject({ done: false });
-    expect(await plan(4)).toEqual({ done: true, attempt: 4, tiled: 1, missing: 1 });
     await answer('t-00001');
-    expect(await plan(2)).toEqual({ done: true, attempt: 2, tiled: 1, missing: 0 });
+    expect(await plan(3, { packs: 1 })).toEqual({ done: true, attempt: 3, tiled: 1, missing: 0 });
   });
 
-  it('is tried once more only where not one pack was answered', async () => {
-    const { plan } = await tiledRun([{ a: tiled(packOf('t', 0)), b: tiled(packOf('u', 0)) }]);
-    expect((await plan(2)).done).toBe(false);
-    expect(await plan(3)).toEqual({ done: true, attempt: 3, tiled: 2, missing: 2 });
+  /** The plans of a model whose jobs answer so many packs each. */
+  async function plansOf(packs: number, jobs: (job: number) => number) {
+    const all = Array.from({ length: packs }, (_, n) => packOf('t', n));
+    const { plan, answer } = await tiledRun([{ a: tiled(...all) }]);
+    const plans: TransformPlan[] = [];
+    let answered = 0;
+    for (;;) {
+      const previous = plans.at(-1) as Extract<TransformPlan, { done: false }> | undefined;
+      const next = await plan(plans.length + 1, previous);
+      plans.push(next);
+      if (next.done) return plans;
+      const until = Math.min(packs, answered + jobs(plans.length));
+      for (; answered < until; answered++) await answer(`t-${String(answered).padStart(5, '0')}`);
+    }
+  }
+  const told = (plans: TransformPlan[]) =>
+    plans.map((plan) =>
+      plan.done ? `${plan.missing} missing` : `${plan.packs}, ${plan.fruitless} fruitless`,
+    );
+
+  it('is done in as many jobs as it takes, where each is stopped with some of it done', async () => {
+    expect(told(await plansOf(18, () => 4))).toEqual([
+      ...['18, 0 fruitless', '14, 0 fruitless', '10, 0 fruitless', '6, 0 fruitless', '2, 0 fruitless'],
+      '0 missing',
+    ]);
   });
+
+  it('is given up after two jobs in a row that did nothing for it', async () => {
+    expect(told(await plansOf(2, () => 0))).toEqual(['2, 0 fruitless', '2, 1 fruitless', '2 missing']);
+    expect(told(await plansOf(9, (job) => [4, 0, 3, 0, 0, 2][job - 1] ?? 0))).toEqual([
+      ...['9, 0 fruitless', '5, 0 fruitless', '5, 1 fruitless', '2, 0 fruitless', '2, 1 fruitless'],
+      '2 missing',
+    ]);
+  });
+
+  it('is given up after ten jobs, however little each does', async () => {
+    const plans = await plansOf(12, () => 1);
+    expect(plans.at(-1)).toEqual({ done: true, attempt: 11, tiled: 1, missing: 2 });
+  });
+
+  it.each([
+    [3600, 120, 3600],
+    [600, 900, 910],
+    [1, 1, 11],
+    [600, 3590, 3600],
+  ])(
+    'may take %i s a request and %i s a batch: SageMaker waits %i s, the server gives up before',
+    async (...given) => {
+      const [invocationTimeoutSeconds, modelSeconds, waited] = given;
+      const { plan } = await tiledRun(
+        [{ a: tiled(packOf('t', 0)) }],
+        { invocationTimeoutSeconds },
+        modelSeconds,
+      );
+      expect(await plan(1)).toMatchObject({ invocationTimeoutSeconds: waited, requestSeconds: waited - 10 });
+    },
+  );
 
   it('is nothing where nothing was tiled', async () => {
     const { plan } = await tiledRun([{ a: { state: 'FAILED' }, b: undefined }]);
@@ -152,6 +210,12 @@ describe('its machines', () => {
       { numRuns: 25 },
     );
   });
+
+  it('are told for more packs than a call takes arguments', async () => {
+    const packs = Array.from({ length: 150_000 }, (_, n) => packOf('t', n, n === 7 ? 20 * MB : 1));
+    const { plan } = await tiledRun([{ a: { state: 'TILED', packs } }]);
+    expect(await plan(1)).toMatchObject({ packs: 150_000, maxPayloadInMB: 20 });
+  }, 60_000);
 
   it('cannot take a pack of more than 100 MB', async () => {
     const { plan } = await tiledRun([{ a: tiled(packOf('t', 0, 101 * MB)) }]);

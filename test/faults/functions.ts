@@ -119,7 +119,8 @@ const HANDLERS: Record<string, Handler> = {
   'fail-slide': (input: Input<typeof failSlide>, { state, lineage }) => failSlide(input, { state, lineage }),
   'plan-inference': ({ run }: { run: RunContext }, { s3, state, lineage, place }) =>
     planInference(run, { s3, state, lineage, silverBucket: place.silver, config: INFERENCE_CONFIG }),
-  'record-job': (input: Input<typeof recordJob>, { state, lineage }) => recordJob(input, { state, lineage }),
+  'record-job': (input: Input<typeof recordJob>, { state, lineage }) =>
+    recordJob(input, { state, lineage, describe: async () => undefined }),
   'aggregate-slide': (input: Input<typeof aggregateSlide>, { s3, state, lineage, place, requests }) =>
     aggregateSlide(input, {
       ...{ s3, state, lineage },

@@ -1,5 +1,6 @@
 /** Slideway's own package on the local AWS, as far as it goes without a container: every service, every role. */
 import { resolve } from 'node:path';
+import { CloudWatchLogsClient, GetLogEventsCommand } from '@aws-sdk/client-cloudwatch-logs';
 import { GetObjectCommand, ListObjectsV2Command, PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
 import { DescribeExecutionCommand, ListExecutionsCommand, SFNClient } from '@aws-sdk/client-sfn';
 import { afterAll, describe, expect, it } from 'vitest';
@@ -87,4 +88,22 @@ it('nothing but a manifest starts a run', async () => {
   );
   expect(runs.KeyCount).toBe(0);
   expect(messages).toHaveLength(before);
+});
+
+it('tiles are let go after their days, results are not, and a log says so', async () => {
+  const Bucket = aws.outputs.SilverBucket;
+  for (const Key of ['tiles/t/t-00000.tar', 'runs/r/slides/s/m/tiles.parquet'])
+    await s3.send(new PutObjectCommand({ Bucket, Key, Body: 'x' }));
+  await aws.services.s3.expire(Date.now() + 9 * 24 * 3600 * 1000);
+  const listed = async (Prefix: string) =>
+    (await s3.send(new ListObjectsV2Command({ Bucket, Prefix }))).Contents?.map(({ Key }) => Key);
+  expect(await listed('tiles/')).toBeUndefined();
+  expect(await listed('runs/r/')).toEqual(['runs/r/slides/s/m/tiles.parquet']);
+  const logs = new CloudWatchLogsClient(options);
+  const { events = [] } = await logs.send(
+    new GetLogEventsCommand({ logGroupName: '/local/s3', logStreamName: 'lifecycle' }),
+  );
+  expect(events.map(({ message }) => JSON.parse(message ?? ''))).toEqual([
+    expect.objectContaining({ event: 'expired', bucket: Bucket, rule: 'tiles', objects: 1, versions: 1 }),
+  ]);
 });

@@ -2,7 +2,7 @@
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { S3Client, type S3ClientConfig } from '@aws-sdk/client-s3';
-import { type ObjectCreated, S3Service } from '../../local/s3/service.ts';
+import { type Expired, type ObjectCreated, S3Service } from '../../local/s3/service.ts';
 import { type Caller, ServiceError } from '../../local/types.ts';
 
 export const CALLER_ARN = 'arn:aws:iam::000000000000:role/test';
@@ -22,6 +22,7 @@ export interface TestS3 {
 export async function startS3(
   folder: string,
   onObjectCreated: (event: ObjectCreated) => Promise<void> = async () => {},
+  onExpired: (expired: Expired) => void = () => {},
 ): Promise<TestS3> {
   const events: ObjectCreated[] = [];
   const asked: string[] = [];
@@ -33,6 +34,7 @@ export async function startS3(
       await onObjectCreated(event);
       events.push(event);
     },
+    onExpired,
   });
   const caller: Caller = {
     arn: CALLER_ARN,

@@ -8,6 +8,7 @@ export const inferenceConfig = (jobPrefix: string): InferenceConfig => ({
   slidesPerInstance: 2,
   volumeSizeInGB: 200,
   maxRuntimeInSeconds: 86_400,
+  modelSeconds: 120,
   tiles: {
     instanceType: 'ml.c5.4xlarge',
     maxInstances: 4,

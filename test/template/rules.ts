@@ -28,6 +28,7 @@ export interface State {
   TimeoutSeconds?: number;
   Retry?: { ErrorEquals: string[] }[];
   Catch?: { ErrorEquals: string[] }[];
+  ToleratedFailurePercentage?: number;
   ItemProcessor?: Definition & { ProcessorConfig?: { Mode?: string; ExecutionType?: string } };
   Branches?: Definition[];
 }
@@ -137,7 +138,10 @@ export function leastPrivilege(template: Template): string[] {
     }
     if (actions.includes('iam:PassRole') && !statement.Condition?.StringEquals?.['iam:PassedToService'])
       findings.push(`${where}: iam:PassRole without iam:PassedToService`);
-    if (actions.includes('cloudwatch:PutMetricData') && !statement.Condition?.StringEquals)
+    if (
+      actions.includes('cloudwatch:PutMetricData') &&
+      !statement.Condition?.StringEquals?.['cloudwatch:namespace']
+    )
       findings.push(`${where}: cloudwatch:PutMetricData without a namespace`);
   }
   for (const [id, role] of ofType(template, 'AWS::IAM::Role')) {
@@ -148,6 +152,30 @@ export function leastPrivilege(template: Template): string[] {
         findings.push(`${id}: may be assumed by others than a service`);
   }
   return [...findings, ...sharedRoles(template)];
+}
+
+/** What SageMaker itself does under a job's role: pull the image, keep its lines, measure its instances. */
+const OF_EVERY_JOB = [
+  'ecr:BatchGetImage',
+  'ecr:GetAuthorizationToken',
+  'logs:PutLogEvents',
+  'cloudwatch:PutMetricData',
+];
+
+/** The roles of SageMaker's jobs allow what SageMaker needs around the container. */
+export function jobRights(template: Template): string[] {
+  const findings: string[] = [];
+  for (const [id, role] of ofType(template, 'AWS::IAM::Role')) {
+    const trusted = (role.AssumeRolePolicyDocument as PolicyDocument).Statement.some(
+      ({ Principal }) => (Principal as { Service?: unknown })?.Service === 'sagemaker.amazonaws.com',
+    );
+    if (!trusted) continue;
+    const allowed = [...grants(template)].flatMap(([holder, { Effect, Action }]) =>
+      holder === id && Effect === 'Allow' ? list(Action) : [],
+    );
+    for (const action of OF_EVERY_JOB) if (!allowed.includes(action)) findings.push(`${id}: lacks ${action}`);
+  }
+  return findings;
 }
 
 /** Roles that more than one function acts under, or functions without one of their own. */
@@ -472,7 +500,10 @@ export function* states({ States }: Definition, around: State[] = []): Generator
 
 const catchesAll = (state: State) => state.Catch?.at(-1)?.ErrorEquals.includes('States.ALL') === true;
 
-/** Every task has a limit, retries what may pass, and what is left of its failures is caught by it or around it. */
+/** A Map that counts what its children fail instead of failing with them. */
+const tolerates = (state: State) => state.Type === 'Map' && state.ToleratedFailurePercentage === 100;
+
+/** Every task has a limit, retries what may pass, and catches the rest; but for children whose failure is tolerated. */
 export function tasks(definition: Definition): string[] {
   const findings: string[] = [];
   for (const { name, state, around } of states(definition)) {
@@ -489,8 +520,7 @@ export function tasks(definition: Definition): string[] {
     for (const { ErrorEquals } of state.Retry ?? [])
       if (ErrorEquals.includes('States.ALL') || ErrorEquals.includes('States.TaskFailed'))
         findings.push(`${name}: retries whatever it was`);
-    if (!catchesAll(state) && !around.some(catchesAll))
-      findings.push(`${name}: nothing catches its failures`);
+    if (!catchesAll(state) && !around.some(tolerates)) findings.push(`${name}: nothing catches its failures`);
   }
   return findings;
 }
@@ -514,19 +544,25 @@ export function jobs(definition: Definition): string[] {
     const parameters = (state.Parameters ?? {}) as Record<string, Record<string, unknown> | undefined>;
     const says = (key: string) => key in parameters || `${key}.$` in parameters;
     if (operation === 'createProcessingJob') {
-      const { StoppingCondition, NetworkConfig } = parameters;
+      const { StoppingCondition, NetworkConfig, AppSpecification, Environment } = parameters;
       if (!Object.keys(StoppingCondition ?? {}).some((key) => key.startsWith('MaxRuntimeInSeconds')))
         findings.push(`${name}: its job may run for ever`);
       if (NetworkConfig?.EnableInterContainerTrafficEncryption !== true)
         findings.push(`${name}: its instances talk in the clear`);
       if (typeof NetworkConfig?.EnableNetworkIsolation !== 'boolean')
         findings.push(`${name}: does not say whether its container is cut off from the network`);
+      const runsModel = list(AppSpecification?.ContainerArguments as unknown).includes('process');
+      if (runsModel && !('SLIDEWAY_MODEL_SECONDS.$' in (Environment ?? {})))
+        findings.push(`${name}: its container is not told SLIDEWAY_MODEL_SECONDS`);
     }
     if (operation === 'createTransformJob') {
       if (!says('MaxConcurrentTransforms') || !says('MaxPayloadInMB'))
         findings.push(`${name}: leaves open how much is sent at once`);
       if (!state.Catch?.some(({ ErrorEquals }) => ErrorEquals.includes('States.Timeout')))
         findings.push(`${name}: its job may run for ever`);
+      for (const limit of ['SLIDEWAY_REQUEST_SECONDS', 'SLIDEWAY_MODEL_SECONDS'])
+        if (!(`${limit}.$` in (parameters.Environment ?? {})))
+          findings.push(`${name}: its server is not told ${limit}`);
     }
     if (operation === 'createModel' && (parameters.EnableNetworkIsolation as unknown) !== true)
       findings.push(`${name}: its server has a network`);

@@ -24,6 +24,7 @@ import {
   type Definition,
   deadLetters,
   functions,
+  jobRights,
   jobs,
   leastPrivilege,
   logGroups,
@@ -211,6 +212,18 @@ describe('least privilege', () => {
         }),
       ),
     ).toEqual([expect.stringContaining(`${one} and ${two}`)]);
+  });
+
+  it.each(['JobRole', 'TransformRole'])('leaves SageMaker enough around the container, in %s', (role) => {
+    expect(jobRights(packaged)).toEqual([]);
+    const silent = withStatement(role, 'MeasureInstances', (statement) => {
+      statement.Effect = 'Deny';
+    });
+    expect(jobRights(silent)).toEqual([`${role}: lacks cloudwatch:PutMetricData`]);
+    const wide = withStatement(role, 'MeasureInstances', (statement) => {
+      statement.Condition = { StringEquals: { 'aws:SourceAccount': '1' } };
+    });
+    expect(leastPrivilege(wide)).toEqual([expect.stringContaining('without a namespace')]);
   });
 
   it('leaves the state machine enough to call its functions and run its jobs', () => {
@@ -476,14 +489,15 @@ describe('every task of the state machine', () => {
     expect(tasks(brokenState('Plan run', change))).toEqual([`Plan run: ${finding}`]);
   });
 
-  it('within a Map is caught there or by the Map', () => {
+  it('within a Map is caught there, unless the Map tolerates what its children fail', () => {
     const inner = 'Fail slide';
     expect([...states(flow)].find(({ name }) => name === inner)?.around).toHaveLength(1);
+    const strict = brokenState('Ingest slides', (state) => delete state.ToleratedFailurePercentage);
+    expect(tasks(strict)).toEqual([`${inner}: nothing catches its failures`]);
+    const open = brokenState('Record failed plan', (state) => delete state.Catch);
+    expect(tasks(open)).toEqual(['Record failed plan: nothing catches its failures']);
     const copy = brokenState('Ingest slides', (state) => delete state.Catch);
-    expect(tasks(copy)).toEqual([
-      'Ingest slides: nothing catches its failures',
-      `${inner}: nothing catches its failures`,
-    ]);
+    expect(tasks(copy)).toEqual(['Ingest slides: nothing catches its failures']);
   });
 
   it('of an Express child ends before its execution does', () => {
@@ -500,14 +514,16 @@ describe('every task of the state machine', () => {
       state.Retry = [];
       delete state.Parameters?.StoppingCondition;
       delete state.Parameters?.NetworkConfig;
+      delete state.Parameters?.Environment;
     });
-    expect(jobs(copy)).toHaveLength(4);
+    expect(jobs(copy)).toHaveLength(5);
     const transform = brokenState('Run transform job', (state) => {
       state.Retry = [];
       state.Catch = [{ ErrorEquals: ['States.ALL'] }];
       delete state.Parameters?.['MaxPayloadInMB.$'];
+      delete state.Parameters?.Environment;
     });
-    expect(jobs(transform)).toHaveLength(3);
+    expect(jobs(transform)).toHaveLength(5);
     const open = brokenState('Create model', (state) => {
       Object.assign(state.Parameters ?? {}, { EnableNetworkIsolation: false });
     });
@@ -572,6 +588,7 @@ describe('every SageMaker call', () => {
       instanceType: String(Variables.INSTANCE_TYPE),
       volumeSizeInGB: Number(Variables.VOLUME_SIZE_IN_GB),
       maxRuntimeInSeconds: Number(Variables.MAX_RUNTIME_IN_SECONDS),
+      modelSeconds: Number(Variables.MODEL_SECONDS),
       join: {
         instanceCount: Number(Variables.JOIN_MAX_INSTANCES),
         instanceType: String(Variables.JOIN_INSTANCE_TYPE),
@@ -594,6 +611,7 @@ describe('every SageMaker call', () => {
         maxConcurrentTransforms: 7,
         maxPayloadInMB: 13,
         invocationTimeoutSeconds: 600,
+        requestSeconds: 590,
       },
     };
     return { service: 'sagemaker', operation: task.operation, request: await rendered(task, input) };
@@ -603,6 +621,11 @@ describe('every SageMaker call', () => {
     if (!task) throw new Error('The definition has no state Run job.');
     return call(task);
   };
+
+  it('tells the container how long the model may take for a batch, as text', async () => {
+    const { request } = await runJob();
+    expect(request.Environment).toMatchObject({ SLIDEWAY_MODEL_SECONDS: '120' });
+  });
 
   it.skipIf(!hasCurrentServiceModel)('is a request that AWS’s service model takes', async () => {
     const requests = await Promise.all([...sagemakerTasks(flow)].map(call));

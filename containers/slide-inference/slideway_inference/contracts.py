@@ -11,6 +11,9 @@ from slideway_inference.errors import ShardInvalid
 MppSource = Literal["manifest", "catalogue", "file"]
 TileFormat = Literal["jpeg", "png", "raw"]
 
+MODEL_SECONDS = 120
+"""What a batch may take where neither package nor environment says it; as the stages' `inference.modelSeconds`."""
+
 
 @dataclass(frozen=True)
 class ModelRef:

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from slideway_inference.contracts import Shard, ShardSlide, TileSize
+from slideway_inference.contracts import MODEL_SECONDS, Shard, ShardSlide, TileSize
 from slideway_inference.fast import Form
 from slideway_inference.model import Head, ModelSpec, Predictor, Values
 from slideway_inference.model.device_decoder import NAME
@@ -18,7 +18,6 @@ from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles
 from slideway_inference.results import Written, completion, is_done, result_key, write_marker, write_slide
 from slideway_inference.store import Requests, Store
 
-_MODEL_SECONDS = 600.0
 
 
 class Inference(Task):
@@ -40,7 +39,7 @@ class Inference(Task):
         self._job_name = job_name
         many = f"{len(predictors)} × " if len(predictors) > 1 and predictors[0].on_gpu else ""
         self._device = many + predictors[0].device_name
-        self.worker_seconds = float(os.environ.get("SLIDEWAY_MODEL_SECONDS") or _MODEL_SECONDS)
+        self.worker_seconds = float(os.environ.get("SLIDEWAY_MODEL_SECONDS") or MODEL_SECONDS)
 
     def earlier(self, shard: Shard, slide: ShardSlide, requests: Requests) -> str | None:
         key = result_key(shard, slide, "complete.json")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from slideway_inference.contracts import MODEL_SECONDS
 from slideway_inference.errors import (
     JobFailed,
     ModelError,
@@ -181,10 +182,17 @@ def _check(options: argparse.Namespace, out: TextIO) -> dict[str, Any]:
         warnings = _warnings(package)
         tolerance = _HALF_TOLERANCE if predictors[0].on_gpu else _TOLERANCE
         with _within(options.seconds, root, out):
-            expected, direct = _directly(predictors, tiles, spec.batch)
+            expected, direct, slowest = _directly(predictors, tiles, spec.batch)
             _same(expected[:1], predictors[0].run(tiles[:1]), tolerance, "alone and in a batch")
         served, over_http = _served(root, tiles, options.seconds)
         difference = _same(expected, served, tolerance, "in a Processing job and behind serve")
+        limit = spec.model_seconds or MODEL_SECONDS
+        if slowest > limit:
+            warnings.append(
+                f"A batch of {min(spec.batch, len(tiles))} tiles took {slowest:.1f} s on "
+                f"{predictors[0].device_name}, but may take {limit} s: give the model more (modelSeconds), or make "
+                "its batch smaller."
+            )
         if expected.std(axis=0).max() == 0:
             warnings.append("Every generated tile has the same answer: is the model trained?")
         if spec.task == "classification" and not ((expected >= 0) & (expected <= 1)).all():
@@ -261,12 +269,21 @@ def _warnings(package: Package) -> list[str]:
     return found
 
 
-def _directly(predictors: list[Predictor], tiles: Tiles, batch: int) -> tuple[npt.NDArray[np.float32], float]:
-    """Answers for the tiles, and tiles a second, the first batch left out."""
-    predictors[0].run(tiles[:batch])
-    started = time.perf_counter()
-    answers = [predictors[0].run(tiles[first : first + batch]) for first in range(0, len(tiles), batch)]
-    return np.concatenate(answers), round(len(tiles) / (time.perf_counter() - started), 1)
+def _directly(
+    predictors: list[Predictor], tiles: Tiles, batch: int
+) -> tuple[npt.NDArray[np.float32], float, float]:
+    """Answers for the tiles, tiles a second, the first batch left out, and the seconds of the slowest batch."""
+    took: list[float] = []
+
+    def run(first: int) -> npt.NDArray[np.float32]:
+        started = time.perf_counter()
+        answer = predictors[0].run(tiles[first : first + batch])
+        took.append(time.perf_counter() - started)
+        return answer
+
+    run(0)
+    answers = [run(first) for first in range(0, len(tiles), batch)]
+    return np.concatenate(answers), round(len(tiles) / sum(took[1:]), 1), max(took)
 
 
 def _same(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32], tolerance: float, when: str) -> float:

@@ -55,6 +55,8 @@ def predictor(package: bytes, folder: Path, **changes: str) -> Predictor:
         ({"input": {"mean": [0, 0], "std": [1, 1, 1]}}, "input.mean must be a list of 3"),
         ({"input": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "input.std must be positive"),
         ({"mode": "batch"}, "mode must be one of"),
+        ({"transform": {"packsPerInstance": 0}}, "transform.packsPerInstance must be from 1 to 100000"),
+        ({"modelSeconds": 0}, "modelSeconds must be from 1 to 3590"),
         ({"aggregate": ["average"]}, "aggregate must be a list of strings like mean"),
         ({"heatmap": {"output": "other"}}, "heatmap.output other is not among the outputs"),
     ],
@@ -69,6 +71,8 @@ def test_a_model_json_that_breaks_the_contract_is_refused_with_the_field(
 def test_defaults_are_those_of_the_contract() -> None:
     spec = parse_model(json.dumps(packages.document()))
     assert (spec.overlap, spec.layout, spec.range, spec.batch) == (0, "NCHW", (0, 1), 64)
+    assert spec.model_seconds is None
+    assert parse_model(json.dumps(packages.document(modelSeconds=600))).model_seconds == 600
 
 
 def test_another_package_than_the_pinned_is_refused(tmp_path: Path) -> None:

@@ -166,6 +166,26 @@ def test_code_can_be_refused_and_what_it_prints_stays_out_of_the_report(run: Run
     assert any("requirements.txt is not installed" in warning for warning in report["warnings"])
 
 
+@pytest.mark.parametrize(("seconds", "warned"), [(1, True), (30, False)])
+def test_a_batch_that_takes_longer_than_it_may_is_warned_of(
+    seconds: int, warned: bool, run: Run, tmp_path: Path
+) -> None:
+    code = """
+import time
+def model_fn(folder):
+    return None
+def predict_fn(data, model):
+    time.sleep(0.3 * len(data))
+    return data.mean((1, 2, 3)).unsqueeze(1)
+"""
+    package = packages.code_package(code, batch=4, modelSeconds=seconds)
+    status, report, _ = run("check", written(tmp_path, "model.tar.gz", package), "--tiles", 6)
+    assert status == 0
+    found = [warning for warning in report["warnings"] if "modelSeconds" in warning]
+    assert len(found) == warned
+    assert all("A batch of 4 tiles took 1." in warning and "may take 1 s" in warning for warning in found)
+
+
 @pytest.mark.parametrize(
     ("where", "error", "said"),
     [

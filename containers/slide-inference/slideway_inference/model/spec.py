@@ -19,9 +19,11 @@ _INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
 _ANY = re.compile(r"(?s).+")
 _MAX_OUTPUTS = 8192
 _MAX_HEAD_OUTPUTS = 1024
+_MAX_MODEL_SECONDS = 3590
 _MAX_TRANSFORM_MB = 100
 _TRANSFORM_LIMITS = {
     "maxInstances": 100,
+    "packsPerInstance": 100_000,
     "maxConcurrentTransforms": 100,
     "maxPayloadInMB": 100,
     "invocationTimeoutSeconds": 3600,
@@ -67,6 +69,8 @@ class ModelSpec:
     range: tuple[float, float]
     mode: Literal["processing", "transform"]
     batch: int
+    model_seconds: int | None
+    """What a batch may take; None: as the stage has it."""
     head: HeadSpec | None
 
     @property
@@ -102,6 +106,7 @@ def parse_model(text: str | bytes) -> ModelSpec:
         range=cast(Any, tuple(given.numbers("range", 2, default=[0, 1]))),
         mode=cast(Any, top.choice("mode", ("processing", "transform"))),
         batch=top.integer("batch", 1, 65536, default=64),
+        model_seconds=top.integer("modelSeconds", 1, _MAX_MODEL_SECONDS) if top.has("modelSeconds") else None,
         head=_head(top),
     )
     top.integer("top_k", 1, 1 << 53, default=10)
@@ -176,7 +181,7 @@ def _transform(top: _Fields) -> None:
     fields = _Fields(given, "transform")
     if fields.has("instanceType"):
         fields.text("instanceType", _INSTANCE)
-    for name in ("maxInstances", "invocationTimeoutSeconds"):
+    for name in ("maxInstances", "packsPerInstance", "invocationTimeoutSeconds"):
         fields.integer(name, 1, _TRANSFORM_LIMITS[name], default=1)
     requests, megabytes = (
         fields.integer(name, 1, _TRANSFORM_LIMITS[name], default=1)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from slideway_inference.contracts import MODEL_SECONDS
 from slideway_inference.memory import memory_limit
 
 _JOB_LIMIT = 100
@@ -36,7 +37,7 @@ class Settings:
             requests=int(
                 _number("SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", 0) or max(1, min(_REQUESTS, _JOB_LIMIT // megabytes))
             ),
-            model_seconds=_number("SLIDEWAY_MODEL_SECONDS", 120),
+            model_seconds=_number("SLIDEWAY_MODEL_SECONDS", MODEL_SECONDS),
             request_seconds=_number("SLIDEWAY_REQUEST_SECONDS", 590),
             drain_seconds=_number("SLIDEWAY_DRAIN_SECONDS", 60),
             memory=memory_limit(0.9),
