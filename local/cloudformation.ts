@@ -4,7 +4,7 @@
  */
 import { randomUUID } from 'node:crypto';
 import type { IncomingMessage, ServerResponse } from 'node:http';
-import { type BodyService, xml } from './gateway.ts';
+import { actionOf, type BodyService, xml } from './gateway.ts';
 import { type Caller, LOCAL_ACCOUNT, LOCAL_REGION, ServiceError } from './types.ts';
 
 export interface CloudFormationOptions {
@@ -21,7 +21,7 @@ export class CloudFormation implements BodyService {
   }
 
   operation(_request: IncomingMessage, body: Buffer): string {
-    return new URLSearchParams(body.toString('utf8')).get('Action') ?? '';
+    return actionOf(body);
   }
 
   async handle(

@@ -411,6 +411,10 @@ function isForm(request: IncomingMessage): boolean {
   return request.headers['content-type']?.startsWith('application/x-www-form-urlencoded') ?? false;
 }
 
+/** The operation that a request of the query protocol asks for. */
+export const actionOf = (body: Buffer): string =>
+  new URLSearchParams(body.toString('utf8')).get('Action') ?? '';
+
 /** Text as it may stand between XML tags. */
 export function xml(text: string): string {
   return text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');

@@ -6,7 +6,7 @@ import { randomUUID } from 'node:crypto';
 import { linkSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import type { IncomingMessage, ServerResponse } from 'node:http';
 import { join } from 'node:path';
-import { type BodyService, xml } from './gateway.ts';
+import { actionOf, type BodyService, xml } from './gateway.ts';
 import { topicArn } from './resources.ts';
 import { type Caller, ServiceError } from './types.ts';
 
@@ -50,7 +50,7 @@ export class Sns implements BodyService {
   }
 
   operation(_request: IncomingMessage, body: Buffer): string {
-    return new URLSearchParams(body.toString('utf8')).get('Action') ?? '';
+    return actionOf(body);
   }
 
   async handle(

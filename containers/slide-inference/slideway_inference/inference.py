@@ -19,7 +19,6 @@ from slideway_inference.results import Written, completion, is_done, result_key,
 from slideway_inference.store import Requests, Store
 
 
-
 class Inference(Task):
     state = "INFERRED"
     timing = "infer"
