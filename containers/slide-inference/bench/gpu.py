@@ -38,8 +38,10 @@ from slides import make  # noqa: E402
 from slideway_inference.contracts import ModelRef  # noqa: E402
 from slideway_inference.errors import DecoderUnavailable  # noqa: E402
 from slideway_inference.fast import FileSource, open_fast  # noqa: E402
-from slideway_inference.model import Predictor, load_predictors, open_package  # noqa: E402
 from slideway_inference.model.device_decoder import DeviceDecoder  # noqa: E402
+from slideway_inference.model.package import open_package  # noqa: E402
+from slideway_inference.model.predictor import Predictor  # noqa: E402
+from slideway_inference.model.predictors import load_predictors  # noqa: E402
 from slideway_inference.model.torchscript import TorchScriptPredictor  # noqa: E402
 from slideway_inference.pipeline import processors  # noqa: E402
 

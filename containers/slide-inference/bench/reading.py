@@ -35,7 +35,9 @@ from slideway_inference.contracts import ModelRef
 from slideway_inference.fast import FileSource, S3Source, open_fast
 from slideway_inference.fast.source import ByteSource
 from slideway_inference.grid import TileGeometry, plan_tiles
-from slideway_inference.model import Predictor, load_predictors, open_package
+from slideway_inference.model.package import open_package
+from slideway_inference.model.predictor import Predictor
+from slideway_inference.model.predictors import load_predictors
 from slideway_inference.pipeline import processors
 from slideway_inference.reader_process import spare_the_collector
 from slideway_inference.store import s3_client

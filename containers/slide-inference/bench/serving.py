@@ -27,8 +27,9 @@ from reading import Case, grid_of, rounds
 from tiling import QUALITY, pixels
 
 from slideway_inference.encode import encode
-from slideway_inference.model import Predictor, load_predictors
 from slideway_inference.model.package import unpack
+from slideway_inference.model.predictor import Predictor
+from slideway_inference.model.predictors import load_predictors
 from slideway_inference.pipeline import processors
 from slideway_inference.serving.decoding import decode
 

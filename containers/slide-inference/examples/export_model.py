@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slideway_inference.errors import SlidewayError
-from slideway_inference.model import ModelSpec, parse_model
 from slideway_inference.model.package import file_digest, packed, unpack
 from slideway_inference.model.predictors import load_predictor
+from slideway_inference.model.spec import ModelSpec, parse_model
 from slideway_inference.model.torchscript import torchscript_bytes
 
 

@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from slideway_inference.contracts import MODEL_SECONDS, Shard, ShardSlide, TileSize
 from slideway_inference.fast import Form
-from slideway_inference.model import Head, ModelSpec, Predictor, Values
 from slideway_inference.model.device_decoder import NAME
+from slideway_inference.model.head import Head
+from slideway_inference.model.predictor import Predictor, Values
+from slideway_inference.model.spec import ModelSpec
 from slideway_inference.pipeline import Answers, Lengths, SlideWork, Task, Tiles
 from slideway_inference.results import Written, completion, is_done, result_key, write_marker, write_slide
 from slideway_inference.store import Requests, Store

@@ -106,7 +106,8 @@ def shards_of_host(root: Path) -> list[Shard]:
 def process(job: Job) -> None:
     from slideway_inference.features import import_h5py
     from slideway_inference.inference import Inference  # it imports PyTorch, which is slow, and tiling needs none
-    from slideway_inference.model import load_predictors, open_package
+    from slideway_inference.model.package import open_package
+    from slideway_inference.model.predictors import load_predictors
 
     package = open_package(job.package, job.shards[0].model, job.scratch / "model")
     if package.spec.task == "embedding":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ from slideway_inference.errors import (
 from slideway_inference.features import import_h5py
 from slideway_inference.job import Job
 from slideway_inference.memory import Room, memory_limit
-from slideway_inference.model import Head, ModelSpec, open_package
+from slideway_inference.model.package import open_package
+from slideway_inference.model.spec import ModelSpec
 from slideway_inference.parquet import Column
 from slideway_inference.pipeline import PROGRESS_SECONDS, SlideWork, check_readable, shares, tell_end, tell_progress
 from slideway_inference.remote import Watch
@@ -45,6 +46,9 @@ from slideway_inference.tileset import (
     tile_names,
     tiled_key,
 )
+
+if TYPE_CHECKING:
+    from slideway_inference.model.head import Head  # it imports PyTorch, which only slides with a head need
 
 _SLIDES = 2
 """Slides at once, as far as memory goes: one is written while another comes."""

@@ -38,7 +38,8 @@ from slideway_inference.errors import (
 )
 
 if TYPE_CHECKING:
-    from slideway_inference.model import Package, Predictor
+    from slideway_inference.model.package import Package
+    from slideway_inference.model.predictor import Predictor
 
 _SHOWN = 8
 _START_SECONDS = 60.0
@@ -111,8 +112,8 @@ def _stdout_aside() -> Iterator[TextIO]:
 
 
 def _build(options: argparse.Namespace) -> dict[str, Any]:
-    from slideway_inference.model import parse_model
     from slideway_inference.model.package import file_digest, packed, unpack
+    from slideway_inference.model.spec import parse_model
 
     spec = parse_model(options.model.read_bytes())
     files: dict[str, Path] = {"model.json": options.model, **_content(options.source)}
@@ -164,8 +165,8 @@ def _content(source: Path) -> dict[str, Path]:
 
 
 def _check(options: argparse.Namespace, out: TextIO) -> dict[str, Any]:
-    from slideway_inference.model import load_predictors
     from slideway_inference.model.package import file_digest, unpack
+    from slideway_inference.model.predictors import load_predictors
     from slideway_inference.pipeline import processors
 
     if not options.package.is_file():

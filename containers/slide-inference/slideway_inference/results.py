@@ -22,7 +22,8 @@ from slideway_inference.store import Requests, Store
 from slideway_inference.survey import Survey
 
 if TYPE_CHECKING:
-    from slideway_inference.model import Head, ModelSpec  # the tiler has no model, and no PyTorch
+    from slideway_inference.model.head import Head  # the tiler has no model, and no PyTorch
+    from slideway_inference.model.spec import ModelSpec
 
 CONTENT_TYPES = {
     "tiles.parquet": "application/vnd.apache.parquet",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slideway_inference.errors import TileUnreadable, Unavailable
-from slideway_inference.model import Predictor, Tiles, Values
+from slideway_inference.model.predictor import Predictor, Tiles, Values
 from slideway_inference.serving import batcher as module
 from slideway_inference.serving import decoding
 from slideway_inference.serving.batcher import Batcher, Request

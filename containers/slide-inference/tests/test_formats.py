@@ -19,8 +19,8 @@ from serving import Served, pack_of
 
 from slideway_inference.contracts import ModelRef
 from slideway_inference.errors import ModelError, ModelFormatNotSupported, ModelPackageInvalid
-from slideway_inference.model import Package, load_predictors, open_package
-from slideway_inference.model.package import packed
+from slideway_inference.model.package import Package, open_package, packed
+from slideway_inference.model.predictors import load_predictors
 
 INPUT = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 PX = 64
@@ -280,7 +280,7 @@ sys.modules["onnxruntime"] = sys.modules["h5py"] = None
 from pathlib import Path
 from slideway_inference.errors import ModelFormatNotSupported
 from slideway_inference.features import import_h5py
-from slideway_inference.model import load_predictors
+from slideway_inference.model.predictors import load_predictors
 from slideway_inference.model.package import unpack
 for step in (lambda: load_predictors(unpack(Path(sys.argv[1]), Path(sys.argv[2])), 1), import_h5py):
     try:

@@ -18,8 +18,9 @@ from conftest import Job
 from slideway_inference.contracts import ModelRef, Parameters, Shard, ShardSlide
 from slideway_inference.errors import ModelError, ModelPackageInvalid
 from slideway_inference.grid import TileGeometry
-from slideway_inference.model import Head, HeadSpec, parse_model
+from slideway_inference.model.head import Head
 from slideway_inference.model.package import packed
+from slideway_inference.model.spec import HeadSpec, parse_model
 from slideway_inference.results import slide_files
 from slideway_inference.survey import Survey
 

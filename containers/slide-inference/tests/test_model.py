@@ -22,8 +22,10 @@ from slideway_inference.errors import (
     ModelError,
     ModelPackageInvalid,
 )
-from slideway_inference.model import Package, Predictor, open_package, parse_model
+from slideway_inference.model.package import Package, open_package
+from slideway_inference.model.predictor import Predictor
 from slideway_inference.model.predictors import load_predictor
+from slideway_inference.model.spec import parse_model
 from slideway_inference.reader import open_slide
 from slideway_inference.reference_model import THRESHOLD, package_bytes
 

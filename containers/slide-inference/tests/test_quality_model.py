@@ -14,7 +14,8 @@ from scipy.ndimage import gaussian_filter, laplace
 from skimage.color import rgb2hsv, rgb_from_hed, separate_stains
 
 from slideway_inference.contracts import ModelRef
-from slideway_inference.model import Predictor, open_package
+from slideway_inference.model.package import open_package
+from slideway_inference.model.predictor import Predictor
 from slideway_inference.model.predictors import load_predictor
 from slideway_inference.quality_model import package_bytes
 from slideway_inference.reader import open_slide

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from conftest import Ended, Job
 
 from slideway_inference.contracts import ModelRef
-from slideway_inference.model import load_predictors, open_package
+from slideway_inference.model.package import open_package
+from slideway_inference.model.predictors import load_predictors
 from slideway_inference.serving.decoding import decode
 
 U8 = npt.NDArray[np.uint8]

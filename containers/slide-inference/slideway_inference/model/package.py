@@ -11,12 +11,14 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from slideway_inference.contracts import ModelRef
 from slideway_inference.errors import ModelDigestMismatch, ModelFormatNotSupported, ModelPackageInvalid
-from slideway_inference.model.head import Head
 from slideway_inference.model.spec import ModelSpec, parse_model
+
+if TYPE_CHECKING:
+    from slideway_inference.model.head import Head
 
 _JSON_LIMIT = 1 << 20
 Format = Literal["torchscript", "onnx", "code"]
@@ -38,7 +40,11 @@ class Package:
 
     def head(self) -> Head | None:
         """The slide-level head, loaded; None where the package brings none. Raises ModelPackageInvalid."""
-        return Head(self.spec.head, self.folder / self.spec.head.file) if self.spec.head else None
+        if self.spec.head is None:
+            return None
+        from slideway_inference.model.head import Head  # it imports PyTorch, which is slow
+
+        return Head(self.spec.head, self.folder / self.spec.head.file)
 
 
 def open_package(archive: Path, ref: ModelRef, folder: Path) -> Package:

@@ -26,7 +26,7 @@ from slideway_inference.errors import (
     TileUnreadable,
     Unavailable,
 )
-from slideway_inference.model import Predictor, Tiles, Values
+from slideway_inference.model.predictor import Predictor, Tiles, Values
 from slideway_inference.serving.decoding import decode
 
 _SLOT_BYTES = 32 << 20

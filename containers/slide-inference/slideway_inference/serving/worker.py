@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from slideway_inference.errors import SlidewayError
 from slideway_inference.log import Log
-from slideway_inference.model import load_predictors, open_folder
+from slideway_inference.model.package import open_folder
+from slideway_inference.model.predictors import load_predictors
 from slideway_inference.pipeline import processors
 from slideway_inference.serving.batcher import Batcher
 from slideway_inference.serving.server import Server, Service
