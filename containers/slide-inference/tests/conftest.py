@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 import pyarrow.parquet as pq
 import pytest
 from s3 import S3
@@ -111,30 +112,34 @@ class Job:
         config.mkdir(exist_ok=True)
         (config / "resourceconfig.json").write_text(json.dumps({"current_host": self.host, "hosts": self.hosts}))
         (config / "processingjobconfig.json").write_text(json.dumps({"ProcessingJobName": "job-1"}))
-        process = subprocess.Popen(
+        environment = {
+            **os.environ,
+            "SLIDEWAY_ML_ROOT": str(self.root),
+            "AWS_ENDPOINT_URL": self.s3.url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        if wait:
+            return self._ended(*forked.run(command, environment, self.root.parent, 120))
+        return subprocess.Popen(
             [sys.executable, "-m", "slideway_inference", command],
             cwd=CONTAINER,
-            env={
-                "SLIDEWAY_CLAIM_SECONDS": "5",
-                **os.environ,
-                "SLIDEWAY_ML_ROOT": str(self.root),
-                "AWS_ENDPOINT_URL": self.s3.url,
-                "AWS_ACCESS_KEY_ID": "key",
-                "AWS_SECRET_ACCESS_KEY": "secret",
-                "AWS_REGION": "us-east-1",
-                "PYTHONWARNINGS": "ignore",
-            },
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        return self.end(process) if wait else process
 
     def end(self, process: subprocess.Popen[str]) -> Ended:
         out, err = process.communicate(timeout=120)
+        return self._ended(process.returncode, out, err)
+
+    def _ended(self, code: int, out: str, err: str) -> Ended:
         message = self.root / "output/message"
         return Ended(
-            process.returncode,
+            code,
             message.read_text() if message.exists() else "",
             [json.loads(line) for line in out.splitlines()],
             err,
