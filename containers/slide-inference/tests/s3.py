@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -14,7 +15,7 @@ class S3:
     """`objects` maps (bucket, key) to bytes, `versions` (bucket, key, version) too. Keys in `failing` answer with
     the given status; `broken` counts down the GETs of ranges and outputs whose body breaks off half way. `written`
     has the order in which objects were put, which lists give as their times, and a list has `page` keys at most.
-    `slow` names keys whose every GET waits for some seconds."""
+    `slow` names keys whose every GET waits for some seconds, `trickling` those whose bodies come byte by byte."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
@@ -23,6 +24,7 @@ class S3:
         self.broken = 0
         self.page = 1000
         self.slow: tuple[str, float] | None = None
+        self.trickling = ""
         self.written: dict[tuple[str, str], int] = {}
         self.log: list[tuple[str, str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -78,6 +80,9 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
                 return
             first, last, status = 0, len(body) - 1, 200
             headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+            if self.headers.get("If-Match") not in (None, headers["ETag"]):
+                self._error(412, "PreconditionFailed")
+                return
             if asked := self.headers.get("Range"):
                 first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
                 last = min(last, len(body) - 1)
@@ -88,6 +93,13 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
                 s3.broken -= 1
                 self._answer(status, data, headers, send=data[: len(data) // 2])
                 self.close_connection = True
+                return
+            if s3.trickling and s3.trickling in key:
+                self._answer(status, data, headers, send=b"")
+                with suppress(OSError):
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(0.02)
                 return
             self._answer(status, data, headers)
 
