@@ -511,7 +511,14 @@ export const completionSchema = z.object({
       unreadable: z.number().int(),
     })
     .optional(),
-  tissue: z.object({ areaMm2: z.number(), mpp: z.number() }).optional(),
+  tissue: z
+    .object({
+      areaMm2: z.number(),
+      mpp: z.number(),
+      /** Of all that is dense on the slide, the share that was taken for pen marks and black borders. */
+      inkFraction: z.number().optional(),
+    })
+    .optional(),
   /** File name to checksum and size of what stands beside this marker. */
   outputs: z.record(z.string(), z.object({ sha256: z.string(), bytes: z.number().int() })),
   /** Seconds, by stage. */

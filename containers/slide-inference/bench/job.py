@@ -52,7 +52,7 @@ class Job:
     def run(self, endpoint: str, slide: Path, slides: int) -> Ran:
         """The slide several times, as so many slides. Raises CalledProcessError when the job fails."""
         events, peak, prefix = self.events("process", endpoint, slide, slides, {})
-        client = s3_client(4)
+        client = s3_client(4, attempts=6)
 
         def result(name: str) -> bytes:
             key = f"{prefix}slide-0/{self._model.name}/{name}"

@@ -299,7 +299,7 @@ def main() -> int:
     def s3(case: Case, endpoint: str) -> S3Source:
         os.environ["AWS_ENDPOINT_URL"] = endpoint
         size = case.path.stat().st_size
-        return S3Source(s3_client(STREAMS), "bronze", f"slides/{case.path.name}", size, streams=STREAMS)
+        return S3Source(s3_client(STREAMS, attempts=1), "bronze", f"slides/{case.path.name}", size, streams=STREAMS)
 
     figures: dict[str, float] = {}
     ratios: dict[str, float] = {}

@@ -117,7 +117,7 @@ def main() -> int:
     def s3(case: Case) -> S3Source:
         os.environ["AWS_ENDPOINT_URL"] = options.endpoint
         size = case.path.stat().st_size
-        return S3Source(s3_client(STREAMS), "bronze", f"slides/{case.path.name}", size, streams=STREAMS)
+        return S3Source(s3_client(STREAMS, attempts=1), "bronze", f"slides/{case.path.name}", size, streams=STREAMS)
 
     with tempfile.TemporaryDirectory() as folder:
         tiler = Tiler(Path(folder), options.endpoint, options.slides_a_job)

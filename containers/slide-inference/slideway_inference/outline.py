@@ -132,6 +132,18 @@ def fill(pieces: list[Piece], shape: tuple[int, int]) -> Bool:
     return np.logical_xor.accumulate(toggles, axis=1)[:, :-1]
 
 
+def labels(pieces: list[Piece], shape: tuple[int, int]) -> npt.NDArray[np.int32]:
+    """The same with each piece's number, from 1 on, in its pixels (h, w)."""
+    steps = np.zeros((shape[0], shape[1] + 1), np.int32)
+    for number, piece in enumerate(pieces, 1):
+        for loop in (piece.outer, *piece.holes):
+            x, y = loop.corners[:, 0], loop.corners[:, 1]
+            for x0, y0, x1, y1 in zip(x, y, np.roll(x, -1), np.roll(y, -1), strict=True):
+                if x0 == x1:  # tissue lies right of an edge that goes up, left of one that goes down
+                    steps[min(y0, y1) : max(y0, y1), x0] += number if y1 < y0 else -number
+    return steps.cumsum(axis=1, dtype=np.int32)[:, :-1]
+
+
 def smooth(loop: Loop) -> Points:
     """The loop with its staircase cut at the middle of each unit edge and simplified by a third of a pixel.
     Points (n, 2), not closed by repetition."""

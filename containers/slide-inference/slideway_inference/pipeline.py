@@ -59,6 +59,8 @@ _LANES = 3
 _PREPARING = 2
 _SLOT_BYTES = 32 << 20
 _POLL = 0.2
+_MUCH_INK = 0.5
+"""Of what is dense on a slide: it may be a stain that looks like ink."""
 PROGRESS_SECONDS = 1.0
 
 T = TypeVar("T")
@@ -945,6 +947,14 @@ def tell_end(log: Log, tally: Tally, work: SlideWork, state: str, seconds: float
             timings=rounded(work.timings),
             bound=work.bound,
         )
+        if work.surveyed.ink_fraction > _MUCH_INK:
+            log.event(
+                "slide-mostly-ink",
+                level="warning",
+                slideId=slide_id,
+                inkFraction=round(work.surveyed.ink_fraction, 4),
+                message="Most of what is dense on it was taken for pen marks: look at its thumbnail and tissue.",
+            )
         return
     quarantined = isinstance(error, SlideQuarantined)
     tally.count("QUARANTINED" if quarantined else "FAILED", f"{slide_id}: {error.name}: {error}")

@@ -38,7 +38,7 @@ class RemoteSlide:
         if len(slide.files) > 1 and not slide.key.lower().endswith(".dcm"):
             raise NotFast("a slide of many files")
         self._watch = Watch()
-        self._client = s3_client(_STREAMS)
+        self._client = s3_client(_STREAMS, attempts=1)
         self._counted = Usage(processor=time.process_time())
         paths = layout(slide)
         self._sources = {

@@ -144,7 +144,11 @@ def completion(
                 "level": geometry.level,
             },
             "tiles": {"grid": survey.grid, "kept": len(readable), "ok": ok, "unreadable": len(readable) - ok},
-            "tissue": {"areaMm2": survey.tissue_mm2, "mpp": survey.tissue_mpp},
+            "tissue": {
+                "areaMm2": survey.tissue_mm2,
+                "mpp": survey.tissue_mpp,
+                "inkFraction": round(survey.ink_fraction, 4),
+            },
         }
         if head is not None:
             marker["head"] = dict(head)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ import urllib3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from slideway_inference.contracts import BronzeFile, ShardSlide
+from slideway_inference.contracts import ShardSlide
 from slideway_inference.errors import DiskFull, OutputFailed, SlideFetchFailed, SlideUnopenable, Stopped
+from slideway_inference.fast.source import S3Source
 
 _PART_BYTES = 16 << 20
 """AWS advises ranges of 8–16 MB."""
@@ -49,15 +49,16 @@ class Requests:
             self.put += put
 
 
-def s3_client(streams: int) -> Any:  # noqa: ANN401
-    """boto3's client, for as many requests at once as `streams` and a few."""
+def s3_client(streams: int, attempts: int) -> Any:  # noqa: ANN401
+    """boto3's client, for as many requests at once as `streams` and a few, each made up to `attempts` times. What
+    S3Source reads through makes each once."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return boto3.client(
         "s3",
         endpoint_url=endpoint,  # boto3 before 1.28 does not look at the environment
         region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         config=Config(
-            retries={"mode": "standard", "max_attempts": 6},
+            retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=10,
             read_timeout=60,
             max_pool_connections=2 * streams,
@@ -86,7 +87,8 @@ class Found:
 
 class Store:
     def __init__(self) -> None:
-        self._client = s3_client(_STREAMS)
+        self._client = s3_client(_STREAMS, attempts=6)
+        self._bronze = s3_client(_STREAMS, attempts=1)
         self._conditions = threading.local()
         # boto3 before 1.35 has no parameters for conditional puts.
         self._client.meta.events.register("before-call.s3.PutObject", self._add_condition)
@@ -177,20 +179,28 @@ class Store:
 
     def fetch(self, slide: ShardSlide, folder: Path, requests: Requests, stop: threading.Event) -> Path:
         """Fetches all files of a slide into `folder`, laid out as they lie in Bronze, and returns the one to open.
-        Raises SlideFetchFailed, SlideUnopenable for an empty file, DiskFull, Stopped."""
+        Raises SlideFetchFailed, of which SlideChanged where a file was replaced, SlideUnopenable for an empty file,
+        DiskFull, Stopped."""
         paths = layout(slide)
         if next(file.size for file in slide.files if file.key == slide.key) == 0:
             raise SlideUnopenable("The file is empty (0 bytes): copy it again.")
+        sources: list[S3Source] = []
         try:
             parts = []
             for file in slide.files:
+                # Without a version it is pinned by the ETag of the first part: no file is made of two.
+                source = S3Source(
+                    self._bronze, slide.bucket, file.key, file.size, version_id=file.version_id, streams=1,
+                    stop=stop, on_request=lambda: requests.count(get=1),
+                )  # fmt: skip
+                sources.append(source)
                 path = folder / paths[file.key]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as target:
                     target.truncate(file.size)
-                parts += [(file, path, start) for start in range(0, file.size, _PART_BYTES)]
+                parts += [(source, path, start) for start in range(0, file.size, _PART_BYTES)]
             with ThreadPoolExecutor(_STREAMS, "fetch") as pool:
-                running = [pool.submit(self._part, slide.bucket, *part, requests, stop) for part in parts]
+                running = [pool.submit(_part, *part) for part in parts]
                 try:
                     for future in running:
                         future.result()
@@ -203,29 +213,17 @@ class Store:
                     f"The slide's {slide.size / 1e9:.1f} GB do not fit on the instance: give the job more volume."
                 ) from error
             raise SlideFetchFailed(f"Storing it on the instance failed: {error.strerror}.") from error
+        finally:
+            for source in sources:
+                source.close()
         return folder / paths[slide.key]
 
-    def _part(
-        self, bucket: str, file: BronzeFile, path: Path, start: int, requests: Requests, stop: threading.Event
-    ) -> None:
-        stop_at = min(start + _PART_BYTES, file.size)
-        version = {"VersionId": file.version_id} if file.version_id else {}
 
-        def get() -> bytes:
-            requests.count(get=1)
-            answer: Any = self._client.get_object(
-                Bucket=bucket, Key=file.key, Range=f"bytes={start}-{stop_at - 1}", **version
-            )
-            data: bytes = answer["Body"].read()
-            whole = str(answer.get("ContentRange", "")).rpartition("/")[2]
-            if len(data) != stop_at - start or whole not in ("", str(file.size)):
-                raise SlideFetchFailed(f"Bronze holds {whole or len(data)} bytes where {file.size} were ingested.")
-            return data
-
-        data = _with_retries(get, stop, "Bronze")
-        with path.open("r+b") as target:
-            target.seek(start)
-            target.write(data)
+def _part(source: S3Source, path: Path, start: int) -> None:
+    (data,) = source.read([(start, min(_PART_BYTES, source.size - start))])
+    with path.open("r+b") as target:
+        target.seek(start)
+        target.write(data)
 
 
 @contextmanager
@@ -252,7 +250,7 @@ def _with_retries(get: Callable[[], T], stop: threading.Event, where: str) -> T:
                 raise SlideFetchFailed(
                     f"Reading from {where} failed {_ATTEMPTS} times, at last with {type(error).__name__}."
                 ) from error
-            time.sleep(0.2 * 2**attempt)
+            stop.wait(0.2 * 2**attempt)
     raise AssertionError
 
 

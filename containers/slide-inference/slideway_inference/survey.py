@@ -70,6 +70,8 @@ class Survey:
     fractions: npt.NDArray[np.float32]
     tissue_mm2: float
     tissue_mpp: float
+    ink_fraction: float
+    """Of all that is dense, the share that was taken for pen marks."""
     geojson: bytes
     thumbnail: bytes
     level_size: tuple[int, int]
@@ -114,6 +116,7 @@ def survey(slide: Surveyed, request: SurveyRequest) -> Survey:
         fractions=fractions[rows, columns],
         tissue_mm2=tissue.area_mm2,
         tissue_mpp=math.sqrt(tissue.scale_x * mpp[0] * tissue.scale_y * mpp[1]),
+        ink_fraction=tissue.ink_fraction,
         geojson=tissue_geojson(tissue, mpp, request.checksum),
         thumbnail=_thumbnail(slide, overview.rgb),
         level_size=(slide.levels[geometry.level].width, slide.levels[geometry.level].height),

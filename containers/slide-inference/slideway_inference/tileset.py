@@ -167,7 +167,11 @@ def slide_document(survey: Survey) -> dict[str, Any]:
             "strideX": geometry.stride_x,
             "strideY": geometry.stride_y,
         },
-        "tissue": {"areaMm2": survey.tissue_mm2, "mpp": survey.tissue_mpp},
+        "tissue": {
+            "areaMm2": survey.tissue_mm2,
+            "mpp": survey.tissue_mpp,
+            "inkFraction": round(survey.ink_fraction, 4),
+        },
     }
 
 
@@ -206,6 +210,7 @@ def _survey(
         fractions=cast(npt.NDArray[np.float32], columns["tissue_fraction"]),
         tissue_mm2=tissue["areaMm2"],
         tissue_mpp=tissue["mpp"],
+        ink_fraction=tissue.get("inkFraction", 0.0),
         geojson=geojson,
         thumbnail=thumbnail,
         level_size=(tile["levelWidth"], tile["levelHeight"]),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +17,8 @@ class S3:
     """`objects` maps (bucket, key) to bytes, `versions` (bucket, key, version) too. Keys in `failing` answer with
     the given status; `broken` counts down the GETs of ranges and outputs whose body breaks off half way. `written`
     has the order in which objects were put, which lists give as their times, and a list has `page` keys at most.
-    `slow` names keys whose every GET waits for some seconds; `modified` has the times that GET tells, in seconds
-    since 1970."""
+    `slow` names keys whose every GET waits for some seconds, `trickling` those whose bodies come byte by byte;
+    `modified` has the times that GET tells, in seconds since 1970."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
@@ -26,6 +27,7 @@ class S3:
         self.broken = 0
         self.page = 1000
         self.slow: tuple[str, float] | None = None
+        self.trickling = ""
         self.written: dict[tuple[str, str], int] = {}
         self.modified: dict[tuple[str, str], float] = {}
         self.putting = threading.Lock()
@@ -100,6 +102,9 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             first, last, status = 0, len(body) - 1, 200
             modified = formatdate(s3.modified.get((bucket, key), 0), usegmt=True)
             headers = {"ETag": _etag(body), "Last-Modified": modified}
+            if self.headers.get("If-Match") not in (None, headers["ETag"]):
+                self._error(412, "PreconditionFailed")
+                return
             if asked := self.headers.get("Range"):
                 first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
                 last = min(last, len(body) - 1)
@@ -110,6 +115,13 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
                 s3.broken -= 1
                 self._answer(status, data, headers, send=data[: len(data) // 2])
                 self.close_connection = True
+                return
+            if s3.trickling and s3.trickling in key:
+                self._answer(status, data, headers, send=b"")
+                with suppress(OSError):
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(0.02)
                 return
             self._answer(status, data, headers)
 

@@ -44,6 +44,12 @@ def pen(image: U8, colour: str, x: int, y: int, width: int, height: int) -> U8:
     return image
 
 
+def stained(image: U8, densities: tuple[float, float, float]) -> U8:
+    """The same tissue in one stain: red, green and blue are so many times as dense as a pixel is on average."""
+    density = np.clip(-np.log10(np.maximum(image, 1) / 244), 0, None).mean(axis=2, keepdims=True)
+    return np.clip(244 * 10 ** -(density * densities), 0, 255).astype(np.uint8)
+
+
 def save(path: Path, image: U8, mpp: tuple[float, float] | float | None, downsamples: tuple[int, ...] = ()) -> Path:
     """Writes level 0 and reduced levels."""
     mpp_x, mpp_y = mpp if isinstance(mpp, tuple) else (mpp, mpp)

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,23 @@ def test_a_body_that_stalls_or_trickles_is_given_up_and_asked_for_again(s3: Bad)
     assert source.read([(0, 1000)]) == [BODY[:1000]]
     assert time.monotonic() - started < 10
     assert len(s3.served) == 3
+
+
+def test_reading_ends_in_time_whatever_s3_does(s3: Bad) -> None:
+    def trickle(request: Request, _: int, first: int, last: int) -> None:
+        request.answer(first, last, send=0)
+        with suppress(OSError):
+            for _ in range(40):
+                request.wfile.write(bytes(2000))
+                time.sleep(0.05)
+
+    for behave in (trickle, lambda r, *_: r.error(503, "SlowDown")):
+        s3.behave = behave
+        source = s3.source(within=0.6)
+        started = time.monotonic()
+        with pytest.raises(SlideFetchFailed, match=r"Reading from Bronze (took more than|failed)"):
+            source.read([(start, 80_000) for start in (0, 1 << 20, 2 << 20)])
+        assert time.monotonic() - started < 2
 
 
 def test_another_object_midway_is_noticed(s3: Bad) -> None:

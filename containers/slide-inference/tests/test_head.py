@@ -160,7 +160,8 @@ def test_unreadable_tiles_are_in_the_table_but_not_in_what_the_head_sees(tmp_pat
         width=600, height=300, levels=1, vendor="aperio", reader="fast", mpp=(0.5, 0.5), mpp_source="file",
         geometry=TileGeometry(128, 0.5, 0, 0, True, 128.0, 128.0, 128.0, 128.0), grid=4,
         positions=np.array([[0, 0], [128, 0], [256, 128]], np.int32), fractions=np.ones(3, np.float32),
-        tissue_mm2=1.0, tissue_mpp=8.0, geojson=b"{}", thumbnail=b"", level_size=(600, 300), seconds=0.0,
+        tissue_mm2=1.0, tissue_mpp=8.0, ink_fraction=0.0,
+        geojson=b"{}", thumbnail=b"", level_size=(600, 300), seconds=0.0,
     )  # fmt: skip
     slide = ShardSlide("one", "bronze", "a", (), 1, "sum", None, None)
     shard = Shard(

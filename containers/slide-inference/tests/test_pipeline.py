@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import packages
@@ -15,6 +19,8 @@ import tifffile
 from conftest import Job
 from fast_slides import jpeg, picture, save_jpeg
 
+from slideway_inference.log import Log
+from slideway_inference.pipeline import SlideWork, Tally, tell_end
 from slideway_inference.reader import open_slide
 
 BATCH = 8
@@ -120,3 +126,15 @@ def test_a_tile_that_the_fast_reader_cannot_give_is_read_once_by_openslide(job: 
             if (x, y) != (960, 480):
                 expected = slide.read_region(1, x // 2, y // 2, 240, 240).rgb.mean() / 255
                 assert value == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.4, []), (0.6, [0.6])])
+def test_a_slide_that_is_mostly_ink_is_warned_of(share: float, warned: list[float]) -> None:
+    work = SlideWork(cast(Any, None), cast(Any, SimpleNamespace(slide_id="one")), Path())
+    work.survey = cast(Any, SimpleNamespace(ink_fraction=share))
+    told = StringIO()
+    tell_end(Log(told), Tally(), work, "INFERRED", 1.0)
+    events = [json.loads(line) for line in told.getvalue().splitlines()]
+    mostly = [event for event in events if event["event"] == "slide-mostly-ink"]
+    assert [event["inkFraction"] for event in mostly] == warned
+    assert all((event["level"], event["slideId"]) == ("warning", "one") for event in mostly)

@@ -11,7 +11,7 @@ import pytest
 import slides
 from conftest import REAL_SLIDES, needs_real_slides
 
-from slideway_inference.outline import fill, pieces_of, smooth
+from slideway_inference.outline import fill, labels, pieces_of, smooth
 from slideway_inference.reader import Overview, open_slide
 from slideway_inference.survey import Survey, SurveyRequest, survey
 from slideway_inference.tissue import Tissue, find_tissue, tissue_geojson
@@ -58,6 +58,104 @@ def test_pen_marks_do_not_count(colour: str) -> None:
     assert both.area_mm2 == pytest.approx(100 * 90 * 64e-6, rel=0.05)
 
 
+STAINS = {
+    "aniline blue": (1.7, 1.0, 0.3),
+    "Alcian blue": (3.0, 1.1, 0.4),
+    "light green": (1.5, 0.56, 0.94),
+    "Sirius red": (0.3, 1.45, 1.25),
+    "Giemsa": (1.43, 1.18, 0.39),
+    "silver": (2.0, 2.0, 1.97),
+}
+
+
+def grained(colour: tuple[int, int, int], grain: float, noise: float = 1.0) -> tuple[slides.U8, np.ndarray]:
+    """A disc of tissue of one colour on glass, and where it is."""
+    rng = np.random.default_rng(4)
+    ys, xs = np.mgrid[:300, :400]
+    where = (ys - 150) ** 2 + (xs - 200) ** 2 < 90**2
+    image = rng.normal(slides.GLASS, noise, (300, 400, 3))
+    image[where] = np.array(colour) + rng.normal(0, grain, (int(where.sum()), 1))
+    return np.clip(image, 0, 255).astype(np.uint8), where
+
+
+@pytest.mark.parametrize(
+    "colour",
+    [
+        (70, 110, 190),
+        (50, 150, 190),
+        (110, 170, 150),
+        (190, 30, 60),
+        (205, 40, 45),
+        (80, 100, 180),
+        (60, 55, 55),
+        (50, 35, 28),
+        (232, 222, 230),
+    ],
+    ids=["aniline blue", "Alcian blue", "light green", "Sirius red", "AEC", "Giemsa", "silver", "DAB", "very pale"],
+)
+def test_tissue_of_any_stain_is_tissue(colour: tuple[int, int, int]) -> None:
+    image, where = grained(colour, grain=3 if min(colour) > 200 else 10)
+    found = tissue_of(image)
+    assert found.mask[where].mean() > 0.95
+    assert found.mask[~where].mean() < 0.01
+    assert found.ink_fraction < 0.05
+
+
+@needs_real_slides
+@pytest.mark.parametrize("stain", STAINS)
+@pytest.mark.parametrize(
+    ("name", "size"), [("CMU-1-Small-Region.svs", (138, 185)), ("TCGA-CR-7395-01A-01-TS1.svs", (139, 111))]
+)
+def test_the_same_tissue_is_found_whatever_it_is_stained_with(name: str, size: tuple[int, int], stain: str) -> None:
+    with open_slide(REAL_SLIDES / name) as slide:
+        image = slide.overview(*size).rgb
+    as_it_is = tissue_of(image).mask
+    assert tissue_of(slides.stained(image, STAINS[stain])).mask[as_it_is].mean() > 0.9
+
+
+@needs_real_slides
+@pytest.mark.parametrize("colour", slides.INKS)
+def test_a_stroke_over_tissue_and_beside_it_does_not_count(colour: str) -> None:
+    with open_slide(REAL_SLIDES / "CMU-1-Small-Region.svs") as slide:
+        tissue = slide.overview(138, 185).rgb
+    image = slides.glass(500, 300)
+    image[60:245, 60:198] = tissue
+    alone = tissue_of(image).mask
+    inked = tissue_of(slides.pen(slides.pen(image.copy(), colour, 20, 120, 460, 40), colour, 300, 20, 150, 40))
+    assert inked.mask[:, 210:].mean() < 0.002
+    assert inked.mask[125:155].mean() < 0.01
+    rest = alone.copy()
+    rest[95:185] = False
+    assert inked.mask[rest].mean() > 0.95
+    assert 0.4 < inked.ink_fraction < 0.9
+
+
+def test_a_stroke_that_touches_tissue_of_its_own_colour_leaves_the_tissue() -> None:
+    image, where = grained((50, 90, 200), grain=12)
+    found = tissue_of(slides.pen(image, "blue", 20, 5, 360, 70))
+    assert found.mask[where & (np.arange(300) > 110)[:, None]].mean() > 0.95
+    assert found.mask[15:55, 20:380].mean() < 0.1
+
+
+def test_glass_with_a_tint_shadows_or_dust_is_no_tissue() -> None:
+    rng = np.random.default_rng(5)
+    glass = rng.normal(slides.GLASS, 2, (300, 400, 3))
+    ys, xs = np.mgrid[:300, :400]
+    corners = 1 - 0.1 * (((xs - 200) / 400) ** 2 + ((ys - 150) / 300) ** 2)
+    for factor in (corners[..., None], np.array((1, 0.96, 0.9)), (1 - 0.02 * (xs // 50 % 2))[..., None]):
+        assert not tissue_of(np.clip(glass * factor, 0, 255).astype(np.uint8)).mask.any()
+    for _ in range(40):
+        y, x = rng.integers(10, 290), rng.integers(10, 390)
+        glass[y - 2 : y + 2, x - 2 : x + 2] *= 0.6
+    assert not tissue_of(np.clip(glass, 0, 255).astype(np.uint8)).mask.any()
+
+
+def test_a_black_border_is_no_tissue() -> None:
+    image = slides.tissue(slides.glass(300, 200), 80, 50, 100, 90)
+    image[:20] = image[:, :20] = 0
+    assert tissue_of(image).area_mm2 == pytest.approx(100 * 90 * 64e-6, rel=0.05)
+
+
 def test_what_was_not_scanned_is_background() -> None:
     image = slides.tissue(slides.glass(200, 200), 0, 0, 200, 200)
     scanned = np.zeros((200, 200), np.bool_)
@@ -98,6 +196,9 @@ def test_outlines_fill_to_the_very_mask_they_came_from() -> None:
         mask = rng.random((40, 50)) < density
         pieces = pieces_of(mask)
         assert np.array_equal(fill(pieces, mask.shape), mask)
+        numbers = labels(pieces, mask.shape)
+        assert np.array_equal(numbers > 0, mask)
+        assert np.bincount(numbers[mask])[1:].tolist() == [piece.area for piece in pieces]
         assert sum(piece.area for piece in pieces) == mask.sum()
     assert pieces_of(np.zeros((5, 5), np.bool_)) == []
 

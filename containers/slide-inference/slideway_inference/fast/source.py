@@ -4,6 +4,7 @@ ranges at once; neighbours are joined into large requests, of which many are und
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +27,15 @@ _WASTE = 0.08
 """Most bytes between wanted ranges that are read for fewer requests, as a share of the wanted ones."""
 _NEAR = 4096
 """A gap that costs less than a request whatever the share."""
-_ATTEMPTS = 6
-_BACKOFF = 0.1
-_CHUNK = 256 << 10
-"""Read at once from a connection; small enough to be copied from the processor's cache."""
+_ATTEMPTS = 8
+_BACKOFF, _LONGEST_BACKOFF = 0.2, 10.0
+_QUICK = 0.2
+_WITHIN = 300.0
+"""Seconds that one call of `read` may take, and what its last request takes to time out: less than the 600 after
+which a reader that is silent counts as hung, whose slide is then fetched whole."""
+_LEAST_CHUNK, _CHUNK = 16 << 10, 256 << 10
+"""Read at once from a connection: little at first and while it is slow, because until a chunk is there nobody looks
+at the clock; at most what is still copied from the processor's cache."""
 
 
 class SlideChanged(SlideFetchFailed):
@@ -142,10 +148,12 @@ class FileSource:
 
 
 class S3Source:
-    """An object in S3, pinned by its version or by the ETag of the first answer. `client` is a boto3 S3 client.
+    """An object in S3, pinned by its version or by the ETag of the first answer. `client` is a boto3 S3 client that
+    makes each request once: what it would make again would neither be counted nor stopped.
 
     A request that fails for a passing reason (5xx, a broken or stalled connection, a body that ends early or comes
-    slower than `slowest` bytes a second) is made again, `_ATTEMPTS` times. `on_request` is called for each."""
+    slower than `slowest` bytes a second) is made again, `_ATTEMPTS` times in all and as long as the ranges read
+    together have not taken `within` seconds. `on_request` is called for each."""
 
     def __init__(
         self,
@@ -161,6 +169,7 @@ class S3Source:
         on_request: Callable[[], None] | None = None,
         slowest: int = 64 << 10,
         patience: float = 30.0,
+        within: float = _WITHIN,
     ) -> None:
         self._client = client
         self._target = {"Bucket": bucket, "Key": key}
@@ -171,6 +180,7 @@ class S3Source:
         self._on_request = on_request
         self._slowest = slowest
         self._patience = patience
+        self._within = within
         self._pool = ThreadPoolExecutor(streams, "range")
         self._lock = threading.Lock()
         self.size = size
@@ -182,11 +192,13 @@ class S3Source:
             return []
         requests = join(ranges)
         bodies = _rooms(requests)
+        deadline = time.monotonic() + self._within
         if len(requests) == 1:
-            self._get(requests[0][0], bodies[0])
+            self._get(requests[0][0], bodies[0], deadline)
             return _cut(ranges, requests, bodies)
         running = [
-            self._pool.submit(self._get, offset, body) for (offset, _), body in zip(requests, bodies, strict=True)
+            self._pool.submit(self._get, offset, body, deadline)
+            for (offset, _), body in zip(requests, bodies, strict=True)
         ]
         try:
             for future in running:
@@ -196,7 +208,7 @@ class S3Source:
                 future.cancel()
         return _cut(ranges, requests, bodies)
 
-    def _get(self, offset: int, body: memoryview) -> None:
+    def _get(self, offset: int, body: memoryview, deadline: float) -> None:
         """Fills `body` from `offset` on."""
         import urllib3
         from botocore.exceptions import BotoCoreError, ClientError
@@ -205,7 +217,7 @@ class S3Source:
             if self._stop.is_set():
                 raise Stopped("The job was told to stop.")
             try:
-                self._attempt(offset, body)
+                self._attempt(offset, body, deadline)
                 return
             except ClientError as error:
                 status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -219,10 +231,15 @@ class S3Source:
                 reason, told, passing = error, type(error).__name__.lstrip("_"), True
             if not passing or attempt == _ATTEMPTS:
                 raise SlideFetchFailed(f"Reading from Bronze failed: {told} (attempt {attempt}).") from reason
-            self._stop.wait(_BACKOFF * 2 ** (attempt - 1))
+            pause = min(_BACKOFF * 2 ** (attempt - 1), _LONGEST_BACKOFF) * random.uniform(0.5, 1)
+            if time.monotonic() + pause > deadline:
+                raise SlideFetchFailed(
+                    f"Reading from Bronze took more than {self._within:.0f} s, at last {told} (attempt {attempt})."
+                ) from reason
+            self._stop.wait(pause)
         raise AssertionError
 
-    def _attempt(self, offset: int, body: memoryview) -> None:
+    def _attempt(self, offset: int, body: memoryview, deadline: float) -> None:
         with self._lock:
             self.requests += 1
         if self._on_request is not None:
@@ -233,17 +250,19 @@ class S3Source:
         stream = answer["Body"]
         try:
             self._check(answer, offset, size)
-            at = 0
+            at, chunk, now = 0, _LEAST_CHUNK, time.monotonic()
             while at < size:
                 if self._stop.is_set():
                     raise Stopped("The job was told to stop.")
-                part = stream.read(min(size - at, _CHUNK))
+                part = stream.read(min(size - at, chunk))
                 if not part:
                     raise _Incomplete
                 body[at : at + len(part)] = part
                 at += len(part)
-                if time.monotonic() - started > self._patience + at / self._slowest:
+                before, now = now, time.monotonic()
+                if now > min(started + self._patience + at / self._slowest, deadline):
                     raise _Incomplete
+                chunk = min(2 * chunk, _CHUNK) if now - before < _QUICK else max(chunk // 2, _LEAST_CHUNK)
         finally:
             stream.close()
         with self._lock:
