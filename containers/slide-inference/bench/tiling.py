@@ -25,7 +25,7 @@ from reading import BATCH, PX, STREAMS, Case, Grid, grid_of, rounds
 
 from slideway_inference.contracts import ModelRef, TileFormat
 from slideway_inference.encode import encode
-from slideway_inference.fast import FileSource, S3Source, open_fast
+from slideway_inference.fast import FileSource, Form, S3Source, open_fast
 from slideway_inference.fast.source import ByteSource
 from slideway_inference.pipeline import processors
 from slideway_inference.store import s3_client
@@ -34,19 +34,19 @@ U8 = npt.NDArray[np.uint8]
 QUALITY = 90
 
 
-def with_reading(source: ByteSource, case: Case, grid: Grid, threads: int, *, stored: bool = False) -> float:
+def with_reading(source: ByteSource, case: Case, grid: Grid, threads: int, form: Form = "pixels") -> float:
     """The fast reader from S3, as the tiler uses it; `stored`: without decoding what is wanted as it is."""
     with open_fast(source, name=case.path.name, threads=threads) as reader:
         buffers: queue.Queue[U8] = queue.Queue()
         for _ in range(4):
             buffers.put(np.empty((BATCH, PX, PX, 3), np.uint8))
         started, passed = time.perf_counter(), 0
-        for batch in reader.read_batches(grid.geometry, grid.positions, BATCH, buffers, stored=stored):
+        for batch in reader.read_batches(grid.geometry, grid.positions, BATCH, buffers, form=form):
             if batch.unread:
                 raise RuntimeError("the bench's slide has unreadable tiles")
             passed += int((batch.stored > 0).sum())
             buffers.put(batch.buffer)
-        if passed != (len(grid.positions) if stored else 0):
+        if passed != (len(grid.positions) if form == "stored" else 0):
             raise RuntimeError("other tiles were passed through than the bench is about")
         return len(grid.positions) / (time.perf_counter() - started)
 
@@ -129,7 +129,7 @@ def main() -> int:
             "job_jpeg": lambda: tiler.run("jpeg", unaligned, "jpeg"),
             "job_png": lambda: tiler.run("png", unaligned, "png"),
             "native_decode": lambda: with_reading(s3(aligned), aligned, grids["native"], threads),
-            "native_pass": lambda: with_reading(s3(aligned), aligned, grids["native"], threads, stored=True),
+            "native_pass": lambda: with_reading(s3(aligned), aligned, grids["native"], threads, "stored"),
             "job_native_pass": lambda: tiler.run("native", aligned, "jpeg"),
         }
         found = rounds(measures, options.rounds)
