@@ -64,7 +64,8 @@ class Claims:
             found = self._store.find(self._bucket, key, requests)
             if found is not None and found.age < self._seconds:
                 process, job = _told(found.body)
-                if process not in ("", self._process):
+                # A job's name is its own: what another process of it left behind is this one's.
+                if process not in ("", self._process) and job != self._job_name:
                     raise Claimed(job)
             with claim.lock:
                 self._write(claim, found.etag if found else None)

@@ -7,13 +7,16 @@ apart; holes that touch at a corner are one."""
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Bool = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float64]
+Whole = npt.NDArray[np.signedinteger[Any]]
 
 _TOLERANCE = 0.35
 """Mask pixels. Two stretches of a loop are at least 0.7 apart, so a simplified loop cannot cross itself."""
@@ -23,7 +26,7 @@ _TOLERANCE = 0.35
 class Loop:
     """Corners (n, 2) of pixel edges, x then y, in order; not closed by repetition. Area in pixels, not negative."""
 
-    corners: npt.NDArray[np.int64]
+    corners: Whole
     area: int
 
 
@@ -46,30 +49,32 @@ def pieces_of(mask: Bool) -> list[Piece]:
     padded = np.zeros((height + 2, columns), np.bool_)
     padded[1:-1, 1:-1] = mask
     # An edge is its start corner × 4 + direction (east, south, west, north); corner (y, x) is y·columns + x.
+    # A rough mask has millions of edges, so they are as small as they can be.
+    number: type[np.signedinteger[Any]] = np.int32 if 4 * padded.size < 1 << 31 else np.int64
     starts = []
-    for side, (dy, dx, cy, cx) in enumerate(((-1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, -1, 1, 0))):
-        neighbour = np.roll(padded, (-dy, -dx), (0, 1))
-        ys, xs = np.nonzero(padded & ~neighbour)
-        starts.append(((ys + cy) * columns + xs + cx) * 4 + side)
-    edges = np.sort(np.concatenate(starts).astype(np.int64))
+    whole = padded.ravel()
+    for side, (offset, corner) in enumerate(((-columns, 0), (1, 1), (columns, columns + 1), (-1, columns))):
+        here, there = (whole[-offset:], whole[:offset]) if offset < 0 else (whole[:-offset], whole[offset:])
+        at = np.flatnonzero(here > there).astype(number)
+        starts.append((at + (max(-offset, 0) + corner)) * 4 + side)
+    edges = np.sort(np.concatenate(starts))
+    del starts
     if not len(edges):
         return []
     direction = edges & 3
-    end = (edges >> 2) + np.array([1, columns, -1, -columns])[direction]
+    end = ((edges >> 2) + np.array([1, columns, -1, -columns], number)[direction]) * 4
+    successor = np.full(len(edges), -1, number)
+    for turn in (1, 0, 3):  # right, straight on, left
+        open_ends = np.flatnonzero(successor < 0)
+        wanted = end[open_ends] + ((direction[open_ends] + turn) & 3)
+        at = np.minimum(np.searchsorted(edges, wanted), len(edges) - 1).astype(number)
+        found = edges[at] == wanted
+        successor[open_ends[found]] = at[found]
+    del direction, end
 
-    def position(turn: int) -> tuple[npt.NDArray[np.int64], Bool]:
-        wanted = end * 4 + ((direction + turn) & 3)
-        at = np.minimum(np.searchsorted(edges, wanted), len(edges) - 1)
-        return at, edges[at] == wanted
-
-    right, has_right = position(1)
-    straight, has_straight = position(0)
-    left, _ = position(3)
-    successor = np.where(has_right, right, np.where(has_straight, straight, left))
-
-    paths: list[int] = []
-    firsts = []
-    following = successor.tolist()
+    # Of the array module: numpy is slow one by one, and a list's integers take ten times the memory.
+    following = array("q" if number is np.int64 else "i", successor.tobytes())
+    paths, firsts = array(following.typecode), []
     seen = bytearray(len(edges))
     for first in range(len(following)):
         if seen[first]:
@@ -80,21 +85,19 @@ def pieces_of(mask: Bool) -> list[Piece]:
             seen[edge] = 1
             paths.append(edge)
             edge = following[edge]
-    return _group(edges, np.array(paths), np.array(firsts), columns)
+    return _group(edges, np.frombuffer(paths, number), np.array(firsts), columns)
 
 
-def _group(
-    edges: npt.NDArray[np.int64], path: npt.NDArray[np.int64], firsts: npt.NDArray[np.int64], columns: int
-) -> list[Piece]:
+def _group(edges: Whole, path: Whole, firsts: npt.NDArray[np.int64], columns: int) -> list[Piece]:
     """`path` has the edges loop by loop, each from `firsts` on. Holes go to the outer loop around them: left of a
     hole's first pixel lies tissue, and the run of tissue there begins at an edge of the outer loop, or of a hole of
     the same piece that lies further left."""
     lengths = np.diff(np.append(firsts, len(path)))
-    before = np.arange(len(path)) - 1
-    before[firsts] += lengths
+    before: Whole = np.arange(-1, len(path) - 1).astype(path.dtype)
+    before[firsts] = firsts + lengths - 1
     corner, direction = edges[path] >> 2, edges[path] & 3
     x, y = corner % columns, corner // columns
-    signed = np.add.reduceat(x[before] * y - x * y[before], firsts) // 2
+    signed = np.add.reduceat(x[before] * y - x * y[before], firsts, dtype=np.int64) // 2
     turns = direction != direction[before]
     corners = np.stack([x[turns] - 1, y[turns] - 1], axis=1)
     ends = np.add.reduceat(turns, firsts, dtype=np.int64).cumsum().tolist()

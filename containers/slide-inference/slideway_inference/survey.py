@@ -22,8 +22,11 @@ from slideway_inference.resolution import Mpp, resolve_mpp
 from slideway_inference.tissue import TISSUE_MPP, find_tissue, tissue_geojson
 
 _THUMBNAIL_PIXELS = 1024
-_OVERVIEW_PIXELS = 16 << 20
-"""Of the overview at most, so that memory does not grow with the slide: above 32 × 32 mm it is coarser."""
+_OVERVIEW_PIXELS = 40 << 20
+"""Of the overview at most, so that memory does not grow with the slide: above 50 × 50 mm it is coarser. A survey of
+so many takes half a gigabyte."""
+_LONGEST = 1 << 20
+"""Of a side of the overview, where the slide is absurdly narrow."""
 
 
 class Surveyed(Protocol):
@@ -87,9 +90,8 @@ def survey(slide: Surveyed, request: SurveyRequest) -> Survey:
     geometry = plan_tiles(slide.levels, mpp, request.px, request.tile_mpp, request.overlap, request.mpp_tolerance)
     across, down = width * mpp[0] / TISSUE_MPP, height * mpp[1] / TISSUE_MPP
     shrink = max(1.0, math.sqrt(across * down / _OVERVIEW_PIXELS))
-    longest = _OVERVIEW_PIXELS // 16  # of a slide that is absurdly narrow
     overview = slide.overview(
-        max(1, min(width, longest, round(across / shrink))), max(1, min(height, longest, round(down / shrink)))
+        max(1, min(width, _LONGEST, round(across / shrink))), max(1, min(height, _LONGEST, round(down / shrink)))
     )
     if overview.unreadable.all():
         raise SlideUnreadable(

@@ -25,6 +25,7 @@ TISSUE_MPP = 8.0
 """µm per pixel of the overview on which tissue is found."""
 
 Counts = npt.NDArray[np.int64]
+Sums = npt.NDArray[np.float64]
 
 _SATURATION = (0.06, 0.12)
 _DENSITY = (0.05, 0.12)
@@ -35,6 +36,8 @@ _DEPTHS = 1.5
 """Optical densities that Otsu's threshold looks at."""
 _DARK = 0.30
 """Optical density above which colour is not asked for: anthracotic or heavily stained tissue is nearly neutral."""
+_STRIP = 512
+"""Columns of the mask that are summed at a time."""
 _SMALLEST_PIECE_MM2 = 0.01
 _SMALLEST_HOLE_MM2 = 0.01
 _GREEN = (142, 197, 63)
@@ -58,28 +61,28 @@ class Tissue:
         self, xs: npt.NDArray[np.int64], ys: npt.NDArray[np.int64], footprint: tuple[float, float]
     ) -> F32:
         """Share of tissue in each tile of a grid, (len(ys), len(xs)), exactly over the tiles' footprints."""
-        down = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1]), np.int32)
-        np.cumsum(self.mask | self.doubtful, axis=0, out=down[1:])
-
-        def between(
-            table: npt.NDArray[np.generic], starts: npt.NDArray[np.float64], length: float
-        ) -> npt.NDArray[np.float64]:
-            return _interpolate(table, starts + length) - _interpolate(table, starts)
-
         height, width = footprint[1] / self.scale_y, footprint[0] / self.scale_x
-        rows = between(down, ys / self.scale_y, height)
-        across = np.pad(rows.cumsum(axis=1), ((0, 0), (1, 0)))
-        both = between(across.T, xs / self.scale_x, width).T
+        strips = []
+        for left in range(0, self.mask.shape[1], _STRIP):
+            strip = slice(left, left + _STRIP)
+            kept = self.mask[:, strip] | self.doubtful[:, strip]
+            strips.append(_between(kept.view(np.uint8), ys / self.scale_y, height))
+        both = _between(np.concatenate(strips, axis=1).T, xs / self.scale_x, width).T
         return np.clip(both / (height * width), 0, 1).astype(np.float32)
 
 
-def _interpolate(table: npt.NDArray[np.generic], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Rows of `table` at fractional positions."""
-    at = np.clip(at, 0, table.shape[0] - 1)
-    low = np.minimum(at.astype(np.intp), table.shape[0] - 2)
-    share = (at - low)[:, None]
-    between: npt.NDArray[np.float64] = table[low] * (1 - share) + table[low + 1] * share
-    return between
+def _between(values: npt.NDArray[np.generic], starts: npt.NDArray[np.float64], length: float) -> Sums:
+    """Sums of the rows of `values` (h, w) in windows from fractional `starts` (n,) on, (n, w). Only what lies
+    between the rows at which windows begin or end is summed, not every row up to each."""
+    count = values.shape[0]
+    ends = np.clip(np.concatenate([starts, starts + length]), 0, count)
+    low = np.minimum(ends.astype(np.intp), count - 1)
+    stops = np.unique(np.concatenate([[0], low, low + 1, [count]]))
+    sums = np.add.reduceat(values, stops[:-1], axis=0, dtype=np.float64)
+    table = np.concatenate([np.zeros((1, values.shape[1])), sums.cumsum(axis=0)])
+    at, share = np.searchsorted(stops, low), (ends - low)[:, None]
+    found: Sums = table[at] * (1 - share) + table[at + 1] * share
+    return found[len(starts) :] - found[: len(starts)]
 
 
 def find_tissue(overview: Overview, size: tuple[int, int], mpp: tuple[float, float]) -> Tissue:

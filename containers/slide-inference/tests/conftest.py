@@ -51,6 +51,7 @@ class Job:
     model: dict[str, str] = field(default_factory=dict)
     hosts: tuple[str, ...] = ("algo-1",)
     host: str = "algo-1"
+    name: str = "job-1"
 
     def use_model(self, package: bytes, **changes: str) -> None:
         with tarfile.open(fileobj=io.BytesIO(package)) as tar:
@@ -111,7 +112,7 @@ class Job:
         config = self.root / "config"
         config.mkdir(exist_ok=True)
         (config / "resourceconfig.json").write_text(json.dumps({"current_host": self.host, "hosts": self.hosts}))
-        (config / "processingjobconfig.json").write_text(json.dumps({"ProcessingJobName": "job-1"}))
+        (config / "processingjobconfig.json").write_text(json.dumps({"ProcessingJobName": self.name}))
         environment = {
             **os.environ,
             "SLIDEWAY_ML_ROOT": str(self.root),

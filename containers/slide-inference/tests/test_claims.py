@@ -126,6 +126,13 @@ def test_a_claim_that_cannot_be_read_becomes_stale_as_well(s3: S3) -> None:
     job.close()
 
 
+def test_what_a_process_of_the_same_job_left_behind_is_taken_over_at_once(s3: S3) -> None:
+    assert claims("job-1").take(KEY, "slide", Requests()) is False
+    again = claims("job-1")
+    assert again.take(KEY, "slide", Requests()) is True
+    again.close()
+
+
 # --- tilers ------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +144,7 @@ def of_another_model(job: Job, folder: Path) -> tuple[Job, dict[str, Any]]:
     """The same slides, in the same run, for another model."""
     other = Job(folder / "other", job.s3, job.slides, job.package, {**job.model, "name": "other"})
     other.root.mkdir()
+    other.name = "job-2"
     return other, shard_fields() | {"tiled": {"bucket": "silver", "prefix": "runs/run-1/jobs/other/tiled/"}}
 
 
@@ -154,7 +162,10 @@ def written(job: Job, name: str) -> list[str]:
     return [key for call, key in job.s3.log if call == "PUT" and key.endswith(name)]
 
 
-def test_two_models_of_a_run_have_each_slide_tiled_once(job: Job, tmp_path: Path) -> None:
+def test_two_models_of_a_run_have_each_slide_tiled_once(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIDEWAY_CLAIM_SECONDS", "30")
     for name in ("one", "two", "three"):
         job.add(name, slide(tmp_path, f"{name}.tiff"))
     other, fields = of_another_model(job, tmp_path)

@@ -92,7 +92,8 @@ def surveyed(count: int) -> Survey:
         width=600, height=300, levels=1, vendor="aperio", reader="fast", mpp=(0.5, 0.5), mpp_source="file",
         geometry=TileGeometry(128, 0.5, 0, 0, True, 128.0, 128.0, 128.0, 128.0), grid=count,
         positions=np.arange(2 * count, dtype=np.int32).reshape(count, 2), fractions=np.ones(count, np.float32),
-        tissue_mm2=1.0, tissue_mpp=8.0, geojson=b"{}", thumbnail=b"", level_size=(600, 300), seconds=0.0,
+        tissue_mm2=1.0, tissue_mpp=8.0, ink_fraction=0.0, geojson=b"{}", thumbnail=b"", level_size=(600, 300),
+        seconds=0.0,
     )  # fmt: skip
 
 

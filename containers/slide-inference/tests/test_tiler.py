@@ -490,7 +490,8 @@ def test_the_log_tells_progress_and_what_bounds_it(job: Job, tmp_path: Path) -> 
     assert complete["tilesDone"] == made(job, "one").told["tiles"]["kept"]
     assert ended.named("job-ended")[0]["slides"] == {"TILED": 1}
     requests = made(job, "one").told["requests"]
-    assert requests["put"] == sum(call == "PUT" for call, _ in job.s3.log)
+    # All but the last, which lets go of the claim.
+    assert requests["put"] == sum(call == "PUT" for call, _ in job.s3.log) - 1
     assert requests["get"] == sum(call == "GET" for call, _ in job.s3.log)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import combinations
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import slides
 from conftest import REAL_SLIDES, needs_real_slides
 
+from slideway_inference.grid import Level
 from slideway_inference.outline import fill, labels, pieces_of, smooth
 from slideway_inference.reader import Overview, open_slide
 from slideway_inference.survey import Survey, SurveyRequest, survey
@@ -257,6 +259,37 @@ def test_a_slide_without_small_levels_is_surveyed_block_by_block(
     monkeypatch.setattr("slideway_inference.reader._BLOCK_PIXELS", 100_000)
     assert surveyed(path).positions.tolist() == whole.positions.tolist()
     assert whole.tissue_mm2 == pytest.approx(900 * 800 * 0.25e-6, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("side", "mpp", "pixels"), [(100_000, 0.25, 3125), (100_000, 0.5, 6250), (200_000, 0.5, round(40**0.5 * 1024))]
+)
+def test_large_slides_are_surveyed_at_8_um_up_to_50_mm(side: int, mpp: float, pixels: int) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Large:
+        name = vendor = "none"
+        levels = (Level(side, side, 1.0, 1.0),)
+        mpp = None
+
+        def overview(self, width: int, height: int) -> Overview:
+            asked.append((width, height))
+            return overview(slides.glass(200, 200))
+
+    survey(Large(), SurveyRequest(Path(), "sum", mpp, "manifest", 256, 0.5, 0, 0.02, 0.5))
+    assert asked[0] == (pixels, pixels)
+
+
+def test_finding_tissue_takes_few_bytes_a_pixel() -> None:
+    image = np.tile(slides.tissue(slides.glass(400, 400), 50, 50, 250, 200), (4, 6, 1))
+    looked_at = overview(image)
+    tracemalloc.start()
+    found = find_tissue(looked_at, (image.shape[1] * 16, image.shape[0] * 16), (0.5, 0.5))
+    found.fractions(np.arange(0, 38_000, 512), np.arange(0, 25_000, 512), (512.0, 512.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.area_mm2 == pytest.approx(24 * 250 * 200 * 64e-6, rel=0.05)
+    assert peak / found.mask.size < 7
 
 
 @needs_real_slides

@@ -181,8 +181,25 @@ class FastReader(SlideReader):
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where some tiles lie, as plain lists, since a tile's numbers are looked up one by one: their reductions; by
+    reduced pixels, x then y, what they cover exactly and in whole pixels; their first and last native tiles;
+    whether they are copied without resampling; and whether each is exactly one native tile."""
+
+    reductions: list[int]
+    start: list[list[float]]
+    stop: list[list[float]]
+    low: list[list[int]]
+    high: list[list[int]]
+    first: list[list[int]]
+    last: list[list[int]]
+    copied: list[bool]
+    whole: list[bool]
+
+
 class _Plan:
-    """Where each tile lies on the level's native tiles. All arrays have a row per position."""
+    """Where each tile lies on the level's native tiles. All arrays have a row per position, 67 bytes in all."""
 
     def __init__(
         self, native: NativeLevel, level: Level, geometry: TileGeometry, positions: npt.NDArray[np.int32]
@@ -212,23 +229,20 @@ class _Plan:
         exact = np.abs(start - np.rint(start)).max(axis=1, initial=0) < 1e-6
         exact &= np.abs(stop - start - px).max(axis=1, initial=0) < 1e-6
         tile = np.array([native.tile_width, native.tile_height]) // divisor
-        self._first, self._last = low // tile, (high - 1) // tile
-        self._reductions = reductions
+        self._first, self._last = (low // tile).astype(np.int32), ((high - 1) // tile).astype(np.int32)
+        self._reductions = reductions.astype(np.uint8)
         fits = (self._first == self._last).all(axis=1) & (tile == px).all(axis=1) & (low % tile == 0).all(axis=1)
-        # Plain lists: a tile's numbers are looked up one by one.
-        self.reductions: list[int] = reductions.tolist()
-        self.start: list[list[float]] = start.tolist()
-        self.stop: list[list[float]] = stop.tolist()
-        self.low: list[list[int]] = low.tolist()
-        self.high: list[list[int]] = high.tolist()
-        self.first: list[list[int]] = self._first.tolist()
-        self.last: list[list[int]] = self._last.tolist()
-        self.copied: list[bool] = exact.tolist()
-        self._whole: list[bool] = (exact & fits).tolist()
+        self._start, self._stop = start, stop
+        self._low, self._high = low.astype(np.int32), high.astype(np.int32)
+        self._copied, self._whole = exact, exact & fits
 
-    def whole(self, index: int) -> bool:
-        """Whether a tile is exactly one native tile."""
-        return self._whole[index]
+    def places(self, indices: npt.NDArray[np.int64]) -> _Places:
+        """Of a few tiles at a time: lists take ten times an array's memory."""
+        arrays = (
+            self._reductions, self._start, self._stop, self._low, self._high, self._first, self._last,
+            self._copied, self._whole,
+        )  # fmt: skip
+        return _Places(*(array[indices].tolist() for array in arrays))
 
     def uses(self, order: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int32]]:
         """By reduction: how many of the tiles are cut from each native tile, (rows, columns)."""
@@ -244,7 +258,7 @@ class _Plan:
 
     def strips(self, budget: int) -> list[npt.NDArray[np.int64]]:
         """Indices of the positions in the order they are worked, strip by strip."""
-        count = len(self.start)
+        count = len(self._start)
         if count == 0:
             return []
         held = self.native.tile_width * self.native.tile_height * 3 // self.reduction**2
@@ -345,26 +359,26 @@ def _keep(native: NativeLevel, tile: _Native, out: U8) -> int:
 
 
 class _Group:
-    """A batch while it is filled."""
+    """A batch while it is filled, and where its tiles lie."""
 
-    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
+    def __init__(self, indices: npt.NDArray[np.int64], places: _Places) -> None:
         self.indices = indices
+        self.places = places
         self.left = len(indices)
         self.batch: Batch | None = None
         self.done = threading.Event()
 
 
 class _Chunk:
-    """Consecutive tiles of a batch: `indices` of the positions, the first at place `start` of the batch. `own` are
-    the native tiles to decode for it, which no chunk before it needs; `needed` those that each tile is cut from,
-    row by row. `closes`: it is the last of its window."""
+    """Consecutive tiles of a batch, the first at place `start` of it. `own` are the native tiles to decode for it,
+    which no chunk before it needs; `needed` those that each tile is cut from, row by row. `closes`: it is the last
+    of its window."""
 
-    __slots__ = ("closes", "decoded", "group", "indices", "needed", "own", "start")
+    __slots__ = ("closes", "decoded", "group", "needed", "own", "start")
 
     def __init__(self, group: _Group, start: int) -> None:
         self.group = group
         self.start = start
-        self.indices: list[int] = []
         self.own: list[_Native] = []
         self.needed: list[list[_Native]] = []
         self.decoded = threading.Event()
@@ -499,12 +513,12 @@ class _Run:
         held, limit = 0, _FIRST_WINDOW
         ends = [*range(self._first, len(self._order), self._batch), len(self._order)]
         for start, end in zip([0, *ends], ends, strict=False):
-            group = _Group(self._order[start:end])
-            indices = group.indices.tolist()
+            indices = self._order[start:end]
+            group = _Group(indices, self._plan.places(indices))
             place = 0
             while place < len(indices):
-                chunk = self._chunk(group, place, indices)
-                place += len(chunk.indices)
+                chunk = self._chunk(group, place)
+                place += len(chunk.needed)
                 window.append(chunk)
                 held += sum(max(0, int(sizes[tile.index])) for tile in chunk.own)
                 if held >= limit:
@@ -513,15 +527,14 @@ class _Run:
         if window:
             yield window
 
-    def _chunk(self, group: _Group, start: int, indices: list[int]) -> _Chunk:
+    def _chunk(self, group: _Group, start: int) -> _Chunk:
         """The next chunk of a batch."""
-        plan, chunk = self._plan, _Chunk(group, start)
-        for place in range(start, min(start + _CHUNK, len(indices))):
+        plan, places, chunk = self._plan, group.places, _Chunk(group, start)
+        for place in range(start, min(start + _CHUNK, len(group.indices))):
             if len(chunk.own) >= self._chunk_natives:
                 break
-            index = indices[place]
-            reduction = plan.reductions[index]
-            (left, top), (right, bottom) = plan.first[index], plan.last[index]
+            reduction = places.reductions[place]
+            (left, top), (right, bottom) = places.first[place], places.last[place]
             uses = self._uses[reduction]
             needed = []
             for row in range(top, bottom + 1):
@@ -533,11 +546,10 @@ class _Run:
                         tile.reduction = reduction
                         tile.chunk = chunk
                         tile.uses = int(uses[row, column])
-                        if tile.uses == 1 and plan.whole(index) and not self._parts:
+                        if tile.uses == 1 and places.whole[place] and not self._parts:
                             tile.place = place
                         chunk.own.append(tile)
                     needed.append(tile)
-            chunk.indices.append(index)
             chunk.needed.append(needed)
         return chunk
 
@@ -551,13 +563,13 @@ class _Run:
             for tile in chunk.own:
                 self._make(tile, batch)
             chunk.decoded.set()
-            for place, (index, needed) in enumerate(zip(chunk.indices, chunk.needed, strict=True), chunk.start):
+            for place, needed in enumerate(chunk.needed, chunk.start):
                 for tile in needed:
                     owner = tile.chunk
                     if owner is not None and owner is not chunk:
                         while not owner.decoded.wait(_POLL):
                             self._check()
-                self._finish(index, place, needed, batch, resample)
+                self._finish(chunk.group.places, place, needed, batch, resample)
             self._let_go(chunk)
 
     def _take(self) -> _Chunk | None:
@@ -594,21 +606,22 @@ class _Run:
                 out = self._spare.pop()
         tile.pixels = _decode(self._plan.native, tile, tile.reduction, out)
 
-    def _keep_parts(self, index: int, place: int, needed: list[_Native], batch: Batch) -> bool:
+    def _keep_parts(self, places: _Places, place: int, needed: list[_Native], batch: Batch) -> bool:
         """Puts a tile into its batch as its parts; where one of them has to be decoded here, or there is no room,
         they are decoded, and it is to be cut as any other."""
-        plan = self._plan
+        native = self._plan.native
         parts = [NativePart(tile.index, tile.part) for tile in needed if tile.part is not None]
         if len(parts) == len(needed):
-            first, last, start, stop = plan.first[index], plan.last[index], plan.start[index], plan.stop[index]
-            left, top = first[0] * plan.native.tile_width, first[1] * plan.native.tile_height
+            first, last = places.first[place], places.last[place]
+            start, stop = places.start[place], places.stop[place]
+            left, top = first[0] * native.tile_width, first[1] * native.tile_height
             whole = Parts(
                 stream=self._stream,
                 columns=last[0] - first[0] + 1,
-                width=plan.native.tile_width,
-                height=plan.native.tile_height,
+                width=native.tile_width,
+                height=native.tile_height,
                 box=(start[0] - left, start[1] - top, stop[0] - left, stop[1] - top),
-                copied=plan.copied[index],
+                copied=places.copied[place],
                 parts=parts,
             )
             batch.stored[place] = put_parts(whole, batch.tiles[place])
@@ -617,11 +630,13 @@ class _Run:
         for tile in needed:
             with self._decoding:
                 if tile.data is not None:
-                    tile.pixels = _decode(plan.native, tile, 1)
+                    tile.pixels = _decode(native, tile, 1)
         return False
 
-    def _finish(self, index: int, place: int, needed: list[_Native], batch: Batch, resample: AreaResampler) -> None:
-        if self._parts and self._keep_parts(index, place, needed, batch):
+    def _finish(
+        self, places: _Places, place: int, needed: list[_Native], batch: Batch, resample: AreaResampler
+    ) -> None:
+        if self._parts and self._keep_parts(places, place, needed, batch):
             return
         for tile in needed:
             if tile.error is not None:
@@ -633,8 +648,8 @@ class _Run:
                 batch.unread[place] = _NOT_SCANNED
             return
         plan = self._plan
-        (x0, y0), (x1, y1) = plan.low[index], plan.high[index]
-        copied = plan.copied[index]
+        (x0, y0), (x1, y1) = places.low[place], places.high[place]
+        copied = places.copied[place]
         if copied:
             region = out
         elif len(needed) == 1 and needed[0].pixels is not None:
@@ -644,8 +659,8 @@ class _Run:
         wide, high = plan.native.tile_width, plan.native.tile_height
         if needed[0].reduction > 1:
             wide, high = wide // needed[0].reduction, high // needed[0].reduction
-        columns = plan.last[index][0] - plan.first[index][0] + 1
-        left, top = plan.first[index][0] * wide, plan.first[index][1] * high
+        columns = places.last[place][0] - places.first[place][0] + 1
+        left, top = places.first[place][0] * wide, places.first[place][1] * high
         blank = 0
         for number, tile in enumerate(needed):
             row, column = divmod(number, columns)
@@ -665,7 +680,7 @@ class _Run:
             batch.unread[place] = _NOT_SCANNED
         elif not copied:
             assert region is not None
-            (left_at, top_at), (right_at, bottom_at) = plan.start[index], plan.stop[index]
+            (left_at, top_at), (right_at, bottom_at) = places.start[place], places.stop[place]
             resample(region, (left_at - x0, top_at - y0, right_at - x0, bottom_at - y0), out)
 
     def _let_go(self, chunk: _Chunk) -> None:
@@ -679,7 +694,7 @@ class _Run:
                         own = tile.pixels is not None and tile.place is None
                         if own and tile.reduction == self._plan.reduction and not self._plan.native.ragged:
                             self._spare.append(cast(U8, tile.pixels))
-            chunk.group.left -= len(chunk.indices)
+            chunk.group.left -= len(chunk.needed)
             last = chunk.group.left == 0
         if last:
             chunk.group.done.set()
