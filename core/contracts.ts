@@ -589,7 +589,7 @@ export interface SlideResult {
   classes: ClassVote | null;
   /** The head's answer; null where the package has none, or there was no readable tile. */
   head: HeadResult | null;
-  /** In words, what the numbers alone do not say: no tissue, unreadable tiles. */
+  /** In words, what the numbers alone do not say: no tissue, unreadable tiles, much ink. */
   note: string | null;
   tissueAreaMm2: number;
   tile: Completion['tile'] | null;
@@ -620,6 +620,8 @@ export interface ResultSummary {
   key: string;
   tiles: { kept: number; ok: number; unreadable: number };
   tissueMm2: number;
+  /** What the numbers alone do not say. */
+  note?: string;
   /**
    * `<aggregate>_<output>` → number; null where there is no tile. For classes also `predicted_mean`, `predicted_vote`;
    * of a head `head_<output>`, `predicted_head`. Of an embedding only what its head says.

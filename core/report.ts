@@ -257,17 +257,10 @@ ${row.results.length > 0 ? `<div class="answers">${row.results.map((result) => a
 /** One model's answer: the picture, the numbers, and where the rest is. */
 function answer(row: SlideRow, result: ResultSummary): string {
   const folder = `../slides/${segment(row.slideId)}/${segment(result.model)}/`;
-  const { kept, ok, unreadable } = result.tiles;
-  const note =
-    kept === 0
-      ? 'No tissue was found on this slide.'
-      : unreadable > 0
-        ? `${count(unreadable)} of ${count(kept)} tiles could not be read: hatched, and in no number.`
-        : '';
   return `<div class="answer">
 ${picture(row, result, folder)}
-${note ? `<p class="note">${note}</p>` : ''}
-<dl class="facts"><div><dt>Model</dt><dd>${text(result.model)} ${text(result.version)}</dd></div><div><dt>Tiles</dt><dd>${count(ok)}</dd></div><div><dt>Tissue</dt><dd>${measure(result.tissueMm2)} mm²</dd></div>${predicted(result)}</dl>
+${result.note ? `<p class="note">${text(result.note)}</p>` : ''}
+<dl class="facts"><div><dt>Model</dt><dd>${text(result.model)} ${text(result.version)}</dd></div><div><dt>Tiles</dt><dd>${count(result.tiles.ok)}</dd></div><div><dt>Tissue</dt><dd>${measure(result.tissueMm2)} mm²</dd></div>${predicted(result)}</dl>
 ${head(result)}
 ${numbers(result)}
 <p class="links"><a href="${folder}result.json">result.json</a>${result.heatmap ? `<a href="${folder}heatmap.png">heatmap.png</a>` : ''}<a href="${folder}tissue.geojson">tissue.geojson</a></p>

@@ -468,7 +468,7 @@ function slideResult(
     topK: model.top_k,
     classes,
     head: marker.head ? headResult(marker.head) : null,
-    note: noteOn(tiles.rows, ok),
+    note: noteOn(tiles.rows, ok, marker.tissue?.inkFraction ?? 0),
     tissueAreaMm2: marker.tissue?.areaMm2 ?? 0,
     tile: marker.tile ?? null,
     slideGeometry: marker.slide ?? null,
@@ -493,11 +493,17 @@ function slideResult(
   };
 }
 
-function noteOn(kept: number, ok: number): string | null {
-  if (kept === 0) return 'No tissue was found, so there was no tile to look at.';
-  if (ok === 0) return `None of the ${kept} tiles could be read.`;
-  if (ok < kept) return `${kept - ok} of ${kept} tiles could not be read; no number counts them.`;
-  return null;
+/** Above this share of all that is dense, what was taken for pen marks may be a stain of their colour. */
+const MUCH_INK = 0.5;
+
+function noteOn(kept: number, ok: number, inkFraction: number): string | null {
+  const notes = [];
+  if (kept === 0) notes.push('No tissue was found, so there was no tile to look at.');
+  else if (ok === 0) notes.push(`None of the ${kept} tiles could be read.`);
+  else if (ok < kept) notes.push(`${kept - ok} of ${kept} tiles could not be read; no number counts them.`);
+  if (inkFraction > MUCH_INK)
+    notes.push('Most of what is dense was taken for pen marks: see whether it is a stain of their colour.');
+  return notes.join(' ') || null;
 }
 
 /** The columns that the model's author chose, for tables and the report; an embedding's numbers are for programs. */
@@ -520,6 +526,7 @@ function summaryOf(result: SlideResult, { model }: PlannedModel, key: string): R
     key,
     tiles: { kept, ok, unreadable },
     tissueMm2: result.tissueAreaMm2,
+    ...(result.note !== null && { note: result.note }),
     outputs,
     ...(result.slideGeometry && {
       size: { width: result.slideGeometry.width, height: result.slideGeometry.height },

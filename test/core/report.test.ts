@@ -130,12 +130,18 @@ describe('the report', () => {
 
   it('says in words what is missing from a slide without tissue or with unreadable tiles', async () => {
     const { heatmap: _, ...bare } = done('x').results[0] ?? ({} as SlideRow['results'][number]);
-    const noTissue = { ...done('s1'), results: [{ ...bare, tiles: { kept: 0, ok: 0, unreadable: 0 } }] };
+    const note = 'No tissue was found, so there was no tile to look at.';
+    const noTissue = {
+      ...done('s1'),
+      results: [{ ...bare, tiles: { kept: 0, ok: 0, unreadable: 0 }, note }],
+    };
     const html = await first([noTissue]);
     expect(html).toContain('No tissue was found');
     expect(html).not.toContain('heatmap.png');
-    const torn = await first([done('s2', { tiles: { kept: 1200, ok: 1100, unreadable: 100 } })]);
-    expect(torn).toContain('100 of 1,200 tiles could not be read');
+    const torn = await first([
+      done('s2', { note: '100 of 1200 tiles could not be read; no number counts them.' }),
+    ]);
+    expect(torn).toContain('100 of 1200 tiles could not be read');
   });
 
   it('is a page for a run without slides, too', async () => {

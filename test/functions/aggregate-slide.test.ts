@@ -122,6 +122,15 @@ describe('a slide whose model answered', () => {
     expect(answer.note).toMatch(/1 of 9 tiles/);
   });
 
+  it('says when most of what is dense was taken for pen marks', async () => {
+    const tissue = { areaMm2: 0, mpp: 8, inkFraction: 0.9 };
+    await writeAnswer(services, 'inked', MODEL, [], { tissue });
+    await aggregate('inked');
+    const { note } = await result('inked');
+    expect(note).toMatch(/No tissue.* pen marks/);
+    expect((await item('inked'))?.results?.[0]?.note).toBe(note);
+  });
+
   it('has nulls and no heatmap where there was no tissue', async () => {
     await writeAnswer(services, 'empty', MODEL, []);
     expect((await aggregate('empty')).state).toBe('AGGREGATED');

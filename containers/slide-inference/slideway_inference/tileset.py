@@ -24,7 +24,7 @@ from slideway_inference.results import slide_facts, tile_columns
 from slideway_inference.store import Listed
 from slideway_inference.survey import Survey
 
-TILER = 1
+TILER = 2
 """What a tileset is made by and looks like. Raise it with every change to which tiles there are, what is in them,
 or how they are written: tilesets made before are then not used again."""
 CONTENT_TYPES = {

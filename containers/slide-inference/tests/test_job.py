@@ -110,6 +110,9 @@ def test_a_shard_of_good_and_bad_slides_is_worked_through(job: Job, tmp_path: Pa
         assert states[slide_id]["tiles"]["kept"] == 0
         assert states[slide_id]["tissue"]["areaMm2"] == 0
         assert job.tiles(slide_id)["minx"] == []
+    (mostly,) = ended.named("slide-mostly-ink")
+    assert (mostly["slideId"], mostly["inkFraction"]) == ("pens", states["pens"]["tissue"]["inkFraction"])
+    assert states["cmu"]["tissue"]["inkFraction"] < 0.02
     assert {entry["event"] for entry in ended.events} - {"slide-progress"} == {
         "job-started", "model-loaded", "slide-started", "slide-complete", "slide-quarantined", "slide-mostly-ink",
         "job-ended",
@@ -178,7 +181,7 @@ def test_a_slide_of_many_files_is_laid_out_as_it_lies_in_bronze(job: Job, tmp_pa
     job.add("many", folder)
     job.slides[0]["bronze"]["files"].append({"key": "slides/study/many/gone.dat", "size": 4, "checksum": "x"})
     assert job.run().code == 1
-    assert "replaced or removed" in job.marker("many")["message"]
+    assert "NoSuchKey" in job.marker("many")["message"]
     del job.slides[0]["bronze"]["files"][-1]
     assert job.run().code == 0
     assert job.marker("many")["state"] == "INFERRED"

@@ -223,7 +223,9 @@ class S3Source:
                 status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
                 code = error.response.get("Error", {}).get("Code", "unknown")
                 if status in (412, 416) or code in ("NoSuchKey", "NoSuchVersion", "404"):
-                    raise SlideChanged("The object in Bronze was replaced or removed while it was read.") from error
+                    raise SlideChanged(
+                        f"The object in Bronze was replaced or removed while it was read: {code}."
+                    ) from error
                 reason: Exception = error
                 told = f"{code}, HTTP {status}"
                 passing = status >= 500 or status in (408, 429) or code in ("SlowDown", "RequestTimeout")
