@@ -624,7 +624,7 @@ describe('every SageMaker call', () => {
 
   it('tells the container how long the model may take for a batch, as text', async () => {
     const { request } = await runJob();
-    expect(request.Environment).toMatchObject({ SLIDEWAY_MODEL_SECONDS: '120' });
+    expect(request.Environment).toMatchObject({ SLIDEWAY_MODEL_SECONDS: '590' });
   });
 
   it.skipIf(!hasCurrentServiceModel)('is a request that AWS’s service model takes', async () => {
