@@ -21,8 +21,7 @@ PX = 16
 class Means:
     """A predictor that answers with each tile's mean."""
 
-    spec = SimpleNamespace(px=PX, outputs=("mean",))
-    batch = 4
+    spec = SimpleNamespace(px=PX, batch=4, outputs=("mean",))
     in_flight = 1
 
     def submit(self, tiles: Tiles) -> Callable[[], Values]:

@@ -21,7 +21,6 @@ Values = npt.NDArray[np.float32]
 _CACHED_BYTES = 6 << 20
 """Floats that a processor's model gets at once: larger batches leave the cache, and processors then wait for memory
 instead of working side by side."""
-_IN_CACHE = 2
 
 
 class Predictor(ABC):
@@ -43,13 +42,6 @@ class Predictor(ABC):
     @property
     def device_name(self) -> str:
         return str(torch.cuda.get_device_name(self.device)) if self.on_gpu else "cpu"
-
-    @property
-    def batch(self) -> int:
-        """Tiles to give it at once: on a GPU what the package says; on a processor no more than stay in its cache
-        from decoding to the model's answer."""
-        cached = _IN_CACHE * _CACHED_BYTES // (self.spec.px**2 * 3 * 4)
-        return self.spec.batch if self.on_gpu else max(1, min(self.spec.batch, cached))
 
     @abstractmethod
     def twin(self) -> Predictor:

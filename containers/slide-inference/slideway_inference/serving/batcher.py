@@ -111,7 +111,7 @@ class Batcher:
         spec = predictors[0].spec
         self._predictors = predictors
         self._seconds = model_seconds
-        self.batch = max(1, min(predictors[0].batch, _SLOT_BYTES // (spec.px**2 * 3)))
+        self.batch = max(1, min(spec.batch, _SLOT_BYTES // (spec.px**2 * 3)))
         count = 2 + sum(1 + predictor.in_flight for predictor in predictors)
         shape = (self.batch, spec.px, spec.px, 3)
         self._free = [_Slot(np.empty(shape, np.uint8), np.zeros(self.batch, np.bool_)) for _ in range(count)]
