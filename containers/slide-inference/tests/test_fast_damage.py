@@ -317,6 +317,14 @@ def test_zeros_before_the_end_of_a_jpeg_are_no_damage(zeros: int) -> None:
         assert kept is None or np.array_equal(simplejpeg.decode_jpeg(kept, "RGB", strict=True), expected)
 
 
+def test_a_jpeg_whose_picture_ends_in_a_zero_is_still_passed_through() -> None:
+    streams = (jpeg(picture(64, 64, seed), ycbcr=True) for seed in range(2000))
+    stream = next(stream for stream in streams if stream[-3] == 0 and stream[-4] != 0xFF)
+    kept = Jpeg("ycbcr").stored(stream, 64, 64)
+    assert kept is not None
+    assert kept.endswith(stream[-40:])
+
+
 def test_a_jpeg_that_ends_early_in_zeros_is_damaged() -> None:
     for seed in range(40):
         stream = jpeg(picture(64, 64, seed), ycbcr=True)

@@ -86,8 +86,8 @@ class Jpeg:
 
     def stored(self, data: Data, width: int, height: int) -> bytes | None:
         """The header is checked as for decoding, and that one scan follows which ends where the bytes do. Anything
-        else, and streams that only a decoder can judge, are left to it; what is damaged within the scan shows
-        when the tile is used."""
+        else, and streams that only a decoder can judge, are left to it (one in forty ends in a zero of its own, and
+        is decoded to tell that it is no padding); what is damaged within the scan shows when the tile is used."""
         try:
             stream, scan = self._stream(data, width, height)
         except TileError:
@@ -103,7 +103,10 @@ class Jpeg:
         if not end or stream[end + 1] != 0xD9 or stream[end + 2 :].strip(b"\0\xff"):
             return None
         if stream[end - 1] == 0 != stream[end - 2] - 0xFF:  # it may be padded, which a strict decoder refuses
-            return None
+            try:
+                _decoded(stream, np.empty((height, width, 3), np.uint8))
+            except (ValueError, RuntimeError):
+                return None
         return stream[: end + 2]
 
     def _stream(self, data: Data, width: int, height: int) -> tuple[bytes, int]:
