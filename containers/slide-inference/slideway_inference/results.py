@@ -67,6 +67,15 @@ def slide_facts(survey: Survey) -> dict[str, Any]:
     }
 
 
+def tissue_facts(survey: Survey) -> dict[str, Any]:
+    """`tissue` of the same."""
+    return {
+        "areaMm2": survey.tissue_mm2,
+        "mpp": survey.tissue_mpp,
+        "inkFraction": round(survey.ink_fraction, 4),
+    }
+
+
 def tiles_parquet(
     shard: Shard,
     slide: ShardSlide,
@@ -144,11 +153,7 @@ def completion(
                 "level": geometry.level,
             },
             "tiles": {"grid": survey.grid, "kept": len(readable), "ok": ok, "unreadable": len(readable) - ok},
-            "tissue": {
-                "areaMm2": survey.tissue_mm2,
-                "mpp": survey.tissue_mpp,
-                "inkFraction": round(survey.ink_fraction, 4),
-            },
+            "tissue": tissue_facts(survey),
         }
         if head is not None:
             marker["head"] = dict(head)

@@ -20,7 +20,7 @@ from slideway_inference.errors import SlidewayError, TilesetMissing
 from slideway_inference.grid import TileGeometry
 from slideway_inference.packs import Packer
 from slideway_inference.parquet import Column, read_plain, write_plain
-from slideway_inference.results import slide_facts, tile_columns
+from slideway_inference.results import slide_facts, tile_columns, tissue_facts
 from slideway_inference.store import Listed
 from slideway_inference.survey import Survey
 
@@ -167,11 +167,7 @@ def slide_document(survey: Survey) -> dict[str, Any]:
             "strideX": geometry.stride_x,
             "strideY": geometry.stride_y,
         },
-        "tissue": {
-            "areaMm2": survey.tissue_mm2,
-            "mpp": survey.tissue_mpp,
-            "inkFraction": round(survey.ink_fraction, 4),
-        },
+        "tissue": tissue_facts(survey),
     }
 
 
