@@ -25,6 +25,8 @@ import { python, Workplace } from './support.ts';
 const work = new Workplace();
 const MODEL_NAME = 'served';
 const OTHER_MODEL = 'other';
+/** What a batch may take, as the package says it. */
+const MODEL_SECONDS = 150;
 /** Longer than any of these Transform jobs takes, but one. */
 const TRANSFORM_SECONDS = 45;
 
@@ -208,7 +210,10 @@ const put = (bucket: string | undefined, key: string, body: Buffer | string) =>
 
 async function putModel(model = MODEL_NAME): Promise<void> {
   const tar = pack();
-  tar.entry({ name: 'model.json' }, JSON.stringify({ ...MODEL, name: model, mode: 'transform' }));
+  tar.entry(
+    { name: 'model.json' },
+    JSON.stringify({ ...MODEL, name: model, mode: 'transform', modelSeconds: MODEL_SECONDS }),
+  );
   tar.entry({ name: 'model.pt' }, 'weights');
   tar.finalize();
   const key = `models/${model}/${MODEL.version}/model.tar.gz`;
@@ -314,7 +319,7 @@ describe('a pack that fails', () => {
     for (const attempt of [3, 4]) expect(await packs(attempt)).toEqual(['never']);
     expect(await modelNames()).toEqual([]);
     expect(summary.cost.transitions).toBe(transitions);
-    expect(readFileSync(work.path('notes', 'limits'), 'utf8')).toBe('590 120');
+    expect(readFileSync(work.path('notes', 'limits'), 'utf8')).toBe(`590 ${MODEL_SECONDS}`);
   }, 120_000);
 
   it('is given up after two jobs where not one was answered', async () => {
