@@ -2,7 +2,14 @@
  * The one door of the local AWS: an HTTP server on loopback that knows who calls (by SigV4 signature), finds
  * the service (by the signature's scope), and counts what passes.
  */
-import { createHash, createHmac, randomUUID, timingSafeEqual } from 'node:crypto';
+import {
+  createHash,
+  createHmac,
+  createSecretKey,
+  type KeyObject,
+  randomUUID,
+  timingSafeEqual,
+} from 'node:crypto';
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { type Caller, type HttpService, type JsonService, ServiceError } from './types.ts';
@@ -264,6 +271,27 @@ function readCredential(credential: string) {
 }
 
 /** Throws unless the signature is the one that the secret gives; the body counts by its declared hash. */
+const KEYS_AT_MOST = 1000;
+const signingKeys = new Map<string, KeyObject>();
+
+/** The key of a day's signatures for one region and service; made once, because making it takes four of five hashes. */
+function signingKey(secret: string, scope: string): KeyObject {
+  const name = `${secret} ${scope}`;
+  let key = signingKeys.get(name);
+  if (key === undefined) {
+    const bytes = scope
+      .split('/')
+      .reduce<Buffer>(
+        (previous, part) => createHmac('sha256', previous).update(part).digest(),
+        Buffer.from(`AWS4${secret}`),
+      );
+    key = createSecretKey(bytes);
+    if (signingKeys.size >= KEYS_AT_MOST) signingKeys.clear();
+    signingKeys.set(name, key);
+  }
+  return key;
+}
+
 function verify(
   request: IncomingMessage,
   signature: Signature,
@@ -298,11 +326,7 @@ function verify(
     scope,
     createHash('sha256').update(canonical).digest('hex'),
   ].join('\n');
-  const key = [signature.date, signature.region, signature.service, 'aws4_request'].reduce<Buffer>(
-    (previous, part) => createHmac('sha256', previous).update(part).digest(),
-    Buffer.from(`AWS4${secret}`),
-  );
-  const expected = createHmac('sha256', key).update(toSign).digest();
+  const expected = createHmac('sha256', signingKey(secret, scope)).update(toSign).digest();
   const given = Buffer.from(signature.signature, 'hex');
   if (given.length !== expected.length || !timingSafeEqual(given, expected)) {
     throw new ServiceError(

@@ -8,7 +8,7 @@ import { spawn, spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { CONTAINER, PROJECT } from '../cli/paths.ts';
+import { BUILD, CONTAINER, PROJECT } from '../cli/paths.ts';
 import { ensurePackage } from '../cli/setup/package.ts';
 import { ensurePython } from '../cli/setup/python.ts';
 import { Screen } from '../cli/terminal.ts';
@@ -21,6 +21,8 @@ interface Counts {
 
 const reports = mkdtempSync(join(tmpdir(), 'slideway-reports-'));
 const total: Counts = { passed: 0, failed: 0, skipped: 0 };
+// Every test file and every process of a test loads much the same modules.
+process.env.NODE_COMPILE_CACHE ??= join(BUILD, 'compile-cache');
 
 function run(program: string, args: string[], cwd = PROJECT): Promise<number> {
   process.stdout.write(`\n> ${[program, ...args].join(' ').replaceAll(`${PROJECT}/`, '')}\n`);
