@@ -48,7 +48,7 @@ from slideway_inference.errors import (
 from slideway_inference.fast import Form, NotFast, PlanesNotSupported
 from slideway_inference.log import Log
 from slideway_inference.reader_process import Filled, ReadRequest
-from slideway_inference.reading import Arena, ReaderProcess
+from slideway_inference.reading import Arena, Nursery, ReaderProcess
 from slideway_inference.remote import Usage
 from slideway_inference.store import Requests, Store
 from slideway_inference.survey import Survey, SurveyRequest
@@ -290,10 +290,11 @@ class Pipeline:
         self._batch = max(1, min(task.batch, _SLOT_BYTES // (self._px**2 * 3)))
         slots = 2 * (readers + len(task.workers))
         self._arena = Arena(slots, self._batch * self._px**2 * 3, scratch)
-        self._surveyor = ReaderProcess(self._arena, stop)
+        self._nursery = Nursery()
+        self._surveyor = ReaderProcess(self._arena, self._nursery, stop)
         self._surveying = threading.Lock()
-        self._readers = [ReaderProcess(self._arena, stop) for _ in range(readers)]
-        self._lanes = [ReaderProcess(self._arena, stop, readers) for _ in range(_LANES)]
+        self._readers = [ReaderProcess(self._arena, self._nursery, stop) for _ in range(readers)]
+        self._lanes = [ReaderProcess(self._arena, self._nursery, stop, readers) for _ in range(_LANES)]
         self._threads = readers
         self._idle_lanes: queue.Queue[ReaderProcess] = queue.Queue()
         for lane in self._lanes:
@@ -340,6 +341,7 @@ class Pipeline:
         finally:
             for process in (self._surveyor, *self._readers, *self._lanes):
                 process.close()
+            self._nursery.close()
         self._arena.close()
         if self._fault is not None:
             raise self._fault

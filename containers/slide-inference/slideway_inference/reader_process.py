@@ -1,4 +1,4 @@
-"""The process that reads slides; reading.py starts it with `main(connection, arena)`.
+"""The process that reads slides: `main`. reading.py has it forked by another process, `nursery`.
 
 Native image libraries crash and hang on damaged files. Reading in processes of their own keeps that to one slide:
 the parent sees the process end and goes on. Such a process holds one slide at a time, imports no PyTorch, writes
@@ -15,7 +15,10 @@ import mmap
 import os
 import queue
 import signal
+import socket
+import struct
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -241,3 +244,55 @@ def main(connection_fd: int, arena_fd: int, threads: int) -> None:
             worker.handle(connection.recv())
         except (EOFError, OSError):
             os._exit(0)  # a stream that waits for room would keep it alive
+
+
+NURSERY_REQUEST = struct.Struct("i")
+"""A number of threads, with the descriptors of connection and arena: fork a reader. Less than 0: the process of
+this id, negated, is to end."""
+NURSERY_REPLY = struct.Struct("?i")
+"""Whether there is an answer, and it: the id of the new process, or the exit code of the one that has ended."""
+
+
+def nursery(door_fd: int) -> None:
+    """Forks reader processes and ends them, as it is asked by the door; ends when that is closed. It has no thread
+    but this, so that what it forks is whole."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    spare_the_collector()
+    with socket.socket(fileno=door_fd) as door:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(door, NURSERY_REQUEST.size, 2)
+            if not message:
+                return
+            (number,) = NURSERY_REQUEST.unpack(message)
+            try:
+                answer = _fork(door, descriptors, number) if number >= 0 else _end(-number)
+            except OSError:
+                door.send(NURSERY_REPLY.pack(False, 0))
+            else:
+                door.send(NURSERY_REPLY.pack(True, answer))
+
+
+def _fork(door: socket.socket, descriptors: Sequence[int], threads: int) -> int:
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                door.close()
+                connection, arena = descriptors
+                main(connection, arena, threads)
+            finally:
+                os._exit(1)
+        return pid
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _end(pid: int) -> int:
+    """Raises ChildProcessError for a process that is not this one's."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended == 0:
+        os.kill(pid, signal.SIGKILL)  # does nothing to one that is crashing
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)

@@ -1,5 +1,6 @@
-"""The parent's side of the reader processes: an arena of shared memory for tiles, and processes that are started
-when needed and replaced when they die. See reader_process.py for why they are processes."""
+"""The parent's side of the reader processes: an arena of shared memory for tiles, a nursery in which processes are
+started, and the processes, which are started when needed and replaced when they die. See reader_process.py for why
+they are processes."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,8 @@ from slideway_inference.errors import SlideUnreadable, Stopped, by_name
 from slideway_inference.fast import Form, NotFast
 from slideway_inference.grid import TileGeometry
 from slideway_inference.reader_process import (
+    NURSERY_REPLY,
+    NURSERY_REQUEST,
     ErrorReply,
     Filled,
     Grant,
@@ -72,15 +76,97 @@ class Arena:
         os.close(self.descriptor)
 
 
+class Nursery:
+    """Starts reader processes: one process has loaded what they need and forks itself for each, a small part of the
+    work of loading it again. Where forking is not safe (macOS) each process loads it itself. For any
+    number of threads."""
+
+    forks = sys.platform == "linux"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._door: socket.socket | None = None
+        self._alone: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, connection: int, arena: int, threads: int) -> int:
+        """The id of a new process, which has these descriptors. Raises OSError."""
+        with self._lock:
+            if not self.forks:
+                process = _python(f"main({connection}, {arena}, {threads})", connection, arena)
+                self._alone[process.pid] = process
+                return process.pid
+            for _ in range(2):
+                if (pid := self._ask(threads, [connection, arena])) is not None:
+                    return pid
+                self._close()  # it was ended; another takes its place
+            raise OSError("No reader process could be started.")
+
+    def end(self, pid: int) -> int | None:
+        """Ends a process that was started, if it has not ended; its exit code, negative for a signal. None where
+        nobody knows."""
+        with self._lock:
+            if process := self._alone.pop(pid, None):
+                process.kill()
+                return process.wait()
+            return self._ask(-pid, [])
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _ask(self, number: int, descriptors: list[int]) -> int | None:
+        """The nursery's answer; None where it has none, or is gone."""
+        door = self._open()
+        if door is None:
+            return None
+        try:
+            socket.send_fds(door, [NURSERY_REQUEST.pack(number)], descriptors)
+            known, answer = NURSERY_REPLY.unpack(door.recv(NURSERY_REPLY.size))
+        except (OSError, struct.error):
+            return None
+        return int(answer) if known else None
+
+    def _open(self) -> socket.socket | None:
+        if self._door is None and self.forks:
+            self._door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._process = _python(f"nursery({theirs.fileno()})", theirs.fileno())
+        return self._door
+
+    def _close(self) -> None:
+        if self._door is not None and self._process is not None:
+            self._door.close()
+            self._process.kill()
+            self._process.wait()
+            self._door = self._process = None
+
+
+def _python(call: str, *descriptors: int) -> subprocess.Popen[bytes]:
+    """A process that calls a function of reader_process.py."""
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    # Not -m: what is pickled must be known by the same module name on both sides.
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from slideway_inference import reader_process; reader_process.{call}"],
+        pass_fds=descriptors,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # image libraries name files there
+    )
+
+
 class ReaderProcess:
     """One reader process, with `threads` threads for slides in S3. Starts on the first request, and anew after a
     crash. Used by one thread, but that a stream's room may be granted by another."""
 
-    def __init__(self, arena: Arena, stop: threading.Event, threads: int = 1) -> None:
+    def __init__(self, arena: Arena, nursery: Nursery, stop: threading.Event, threads: int = 1) -> None:
         self._arena = arena
+        self._nursery = nursery
         self._stop = stop
         self._threads = threads
-        self._process: subprocess.Popen[bytes] | None = None
+        self.pid: int | None = None
         self._connection: Connection | None = None
         self._sending = threading.Lock()
 
@@ -128,13 +214,17 @@ class ReaderProcess:
             self._call(ReleaseRequest(), _READ_SECONDS)
 
     def close(self) -> None:
+        self._end()
+
+    def _end(self) -> int | None:
+        """Ends the process, if it has not ended; its exit code, where it is known."""
         with self._sending:
-            if self._process is None or self._connection is None:
-                return
+            if self.pid is None or self._connection is None:
+                return None
             self._connection.close()
-            self._process.kill()
-            self._process.wait()
-            self._process = self._connection = None
+            code = self._nursery.end(self.pid)
+            self.pid = self._connection = None
+            return code
 
     def _tell(self, request: Request) -> None:
         with self._sending, suppress(OSError):  # who receives learns that the process has died
@@ -173,27 +263,11 @@ class ReaderProcess:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            package = str(Path(__file__).resolve().parents[1])
-            path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-            descriptors = (theirs.fileno(), self._arena.descriptor)
-            # Not -m: what is pickled must be known by the same module name on both sides.
-            start = "from slideway_inference.reader_process import main; main({}, {}, {})"
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", start.format(*descriptors, self._threads)],
-                pass_fds=descriptors,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # image libraries name files there
-            )
+            self.pid = self._nursery.start(theirs.fileno(), self._arena.descriptor, self._threads)
         self._connection = Connection(ours.detach())
 
     def _ending(self) -> str:
-        if self._process is None:
+        code = self._end()
+        if code is None:
             return "it was ended"
-        try:
-            code = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            code = 0
-        self.close()
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"

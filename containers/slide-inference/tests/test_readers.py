@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from slideway_inference.errors import SlideUnopenable, SlideUnreadable
 from slideway_inference.grid import plan_tiles
 from slideway_inference.reader import RegionUnreadable, open_slide
 from slideway_inference.reader_process import ReadRequest
-from slideway_inference.reading import Arena, ReaderProcess
+from slideway_inference.reading import Arena, Nursery, ReaderProcess
 from slideway_inference.survey import SurveyRequest
 from slideway_inference.tiff_reader import TiffReader
 
@@ -116,15 +118,23 @@ def test_after_a_damaged_tile_the_reader_goes_on(tmp_path: Path) -> None:
     assert overview.unreadable.mean() < 0.3
 
 
-def test_a_reader_process_that_crashes_costs_one_slide(tmp_path: Path) -> None:
+@pytest.fixture(params=[True, False], ids=["forked", "by itself"])
+def nursery(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nursery]:
+    monkeypatch.setattr(Nursery, "forks", request.param)
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def test_a_reader_process_that_crashes_costs_one_slide(tmp_path: Path, nursery: Nursery) -> None:
     image = slides.tissue(slides.glass(600, 600), 0, 0, 600, 600)
     path = slides.save(tmp_path / "s.tiff", image, 0.5)
     arena = Arena(1, 2 * 256 * 256 * 3, tmp_path)
-    reader = ReaderProcess(arena, threading.Event())
+    reader = ReaderProcess(arena, nursery, threading.Event())
     request = SurveyRequest(path, "sum", None, None, 256, 0.5, 0, 0.02, 0.5)
     survey = reader.survey(request)
-    assert reader._process is not None
-    os.kill(reader._process.pid, signal.SIGSEGV)
+    assert reader.pid is not None
+    os.kill(reader.pid, signal.SIGSEGV)
     with pytest.raises(SlideUnreadable, match="SIGSEGV"):
         reader.survey(request)
     read = ReadRequest(path, survey.geometry, survey.positions[:2], 0)
@@ -134,11 +144,44 @@ def test_a_reader_process_that_crashes_costs_one_slide(tmp_path: Path) -> None:
     arena.close()
 
 
-def test_a_readers_messages_hold_no_paths(tmp_path: Path) -> None:
+def test_a_nursery_that_is_ended_takes_no_reader_with_it_and_is_replaced(tmp_path: Path, nursery: Nursery) -> None:
+    image = slides.tissue(slides.glass(600, 600), 0, 0, 600, 600)
+    path = slides.save(tmp_path / "s.tiff", image, 0.5)
+    arena = Arena(1, 16, tmp_path)
+    first, second = (ReaderProcess(arena, nursery, threading.Event()) for _ in range(2))
+    request = SurveyRequest(path, "sum", None, None, 256, 0.5, 0, 0.02, 0.5)
+    expected = first.survey(request).positions.tolist()
+    if nursery._process is not None:
+        nursery._process.kill()
+        nursery._process.wait()
+    assert first.survey(request).positions.tolist() == expected
+    assert second.survey(request).positions.tolist() == expected
+    pids = [first.pid, second.pid]
+    first.close()
+    second.close()
+    nursery.close()
+    for pid in pids:
+        assert pid is not None
+        assert ended(pid)
+    arena.close()
+
+
+def ended(pid: int) -> bool:
+    """Within 10 s; one whose nursery was ended before it ends by itself, when its connection does."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_readers_messages_hold_no_paths(tmp_path: Path, nursery: Nursery) -> None:
     path = tmp_path / "Mustermann_Max.svs"
     path.write_bytes(b"\0" * 100)
     arena = Arena(1, 16, tmp_path)
-    reader = ReaderProcess(arena, threading.Event())
+    reader = ReaderProcess(arena, nursery, threading.Event())
     with pytest.raises(SlideUnopenable) as error:
         reader.survey(SurveyRequest(path, "sum", 0.5, "manifest", 256, 0.5, 0, 0.02, 0.5))
     assert "Mustermann" not in str(error.value)
