@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -173,3 +174,16 @@ def job(tmp_path: Path, reference_package: bytes) -> Iterator[Job]:
     made.use_model(reference_package)
     yield made
     s3.close()
+
+
+def crash_readers(job: subprocess.Popen[str]) -> None:
+    """All of its reader processes, and the one that they are forked from."""
+    for pid in _started_by(job.pid):
+        os.kill(pid, signal.SIGSEGV)
+
+
+def _started_by(pid: int) -> list[int]:
+    """Processes that it has started, and those that they have."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [*children, *(other for child in children for other in _started_by(child))]

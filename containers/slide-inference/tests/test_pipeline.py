@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from io import StringIO
 from pathlib import Path
@@ -16,7 +14,7 @@ import packages
 import pytest
 import slides
 import tifffile
-from conftest import Job
+from conftest import Job, crash_readers
 from fast_slides import jpeg, picture, save_jpeg
 
 from slideway_inference.log import Log
@@ -66,13 +64,6 @@ def test_the_last_batch_of_a_slide_is_filled_up_with_the_next_slides_tiles(count
     assert partial <= 2
 
 
-def started_by(pid: int) -> list[int]:
-    """Processes that it has started, and those that they have."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [*children, *(other for child in children for other in started_by(child))]
-
-
 def test_where_the_fast_reader_crashes_the_rest_is_read_from_disk(counting: Job, tmp_path: Path) -> None:
     path = many(tmp_path, "one.tiff", 0)
     counting.add("one", path)
@@ -81,8 +72,7 @@ def test_where_the_fast_reader_crashes_the_rest_is_read_from_disk(counting: Job,
     while not any(call == "GET" and "one.tiff" in key for call, key in counting.s3.log):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    for child in started_by(process.pid):
-        os.kill(child, signal.SIGSEGV)
+    crash_readers(process)
     ended = counting.end(process)
     assert ended.code == 0, ended.message + ended.stderr
     assert counting.marker("one")["state"] == "INFERRED"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import openslide
 import pytest
 import slides
-from conftest import REAL_SLIDES, Ended, Job, needs_real_slides
+from conftest import REAL_SLIDES, Ended, Job, crash_readers, needs_real_slides
 from fast_slides import picture, save_jpeg
 from PIL import Image
 from skimage.filters import threshold_otsu
@@ -296,15 +295,12 @@ def test_where_the_fast_reader_crashes_the_rest_is_tiled_from_disk(job: Job, tmp
     job.add("one", path)
     job.s3.slow = (path.name, 0.3)
     process = job.run(command="tile", wait=False, **shard_fields(px=64, format=form))
-    children = Path(f"/proc/{process.pid}/task")
     deadline = time.monotonic() + 60
     while not any(call == "GET" and path.name in key for call, key in job.s3.log):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     job.s3.slow = None
-    for task in children.iterdir():
-        for child in (task / "children").read_text().split():
-            os.kill(int(child), signal.SIGSEGV)
+    crash_readers(process)
     ended = job.end(process)
     assert ended.code == 0, ended.message + ended.stderr
     tileset = made(job, "one")
