@@ -258,7 +258,8 @@ async function fromIndex(
 
   try {
     await screen.task(`Installing Python packages into ${folder}`, (at) =>
-      pip(['install', '--progress-bar', 'off', '-c', CONSTRAINTS, ...wanted], (line) => {
+      // Compiling all that comes with torch takes a minute; what is imported is compiled then.
+      pip(['install', '--no-compile', '--progress-bar', 'off', '-c', CONSTRAINTS, ...wanted], (line) => {
         const detail = pipDetail(line);
         if (detail) at(detail);
       }),
@@ -269,7 +270,9 @@ async function fromIndex(
     }
     return `pip could not install what is needed (${lastLine(error)})`;
   }
-  await screen.task('Checking the Python environment', () => checkImports(python, test, env));
+  await screen.task('Checking the Python environment', () =>
+    checkImports(python, test, { ...env, PYTHONDONTWRITEBYTECODE: '' }),
+  );
   return undefined;
 }
 
@@ -365,7 +368,7 @@ async function installPackages(
 async function checkImports(python: string, test: boolean, env: NodeJS.ProcessEnv): Promise<void> {
   const modules = [...MODULES, ...(test ? TEST_MODULES : []), 'slideway_inference'];
   await command(python, ['-c', `import ${modules.join(', ')}`], {
-    env: { ...env, PYTHONPATH: CONTAINER, PYTHONDONTWRITEBYTECODE: '1' },
+    env: { PYTHONDONTWRITEBYTECODE: '1', ...env, PYTHONPATH: CONTAINER },
     timeoutMs: 180_000,
   });
 }
