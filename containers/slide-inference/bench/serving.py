@@ -11,6 +11,7 @@ import io
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -92,6 +93,18 @@ def with_model(predictors: Sequence[Predictor], batch: npt.NDArray[np.uint8], se
     return in_threads(len(predictors), seconds, work)
 
 
+def costed(measure: Callable[[], float], clock: Callable[[], float], costs: list[float]) -> Callable[[], float]:
+    """The measure, the processor time of a tile noted, which other work on the machine hardly changes."""
+
+    def run() -> float:
+        before, started = clock(), time.perf_counter()
+        rate = measure()
+        costs.append((clock() - before) / (rate * (time.perf_counter() - started)))
+        return rate
+
+    return run
+
+
 class Served:
     """A `serve` process, and connections to it."""
 
@@ -149,6 +162,13 @@ class Served:
             thread.join()
         return sum(lines) / (time.perf_counter() - started)
 
+    def processor_seconds(self) -> float:
+        """Of its processes, without those of who asks."""
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        fields = [Path(f"/proc/{each}/stat").read_text().rsplit(")", 1)[1].split() for each in (pid, *children)]
+        return sum(int(own[11]) + int(own[12]) for own in fields) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(90)
@@ -175,21 +195,24 @@ def main() -> int:
         decoders = max(1, threads - sum(predictor.on_gpu for predictor in predictors))
         px, batch = package.spec.px, np.ascontiguousarray(tiles[: package.spec.batch])
         served = Served(Path(folder))
+        measures = {
+            "decode": (lambda: with_decoding(encoded, px, decoders, options.seconds), time.process_time),
+            "model": (lambda: with_model(predictors, batch, options.seconds), time.process_time),
+            "serve": (lambda: served.throughput(body, count, options.seconds), served.processor_seconds),
+        }
+        costs: dict[str, list[float]] = {name: [] for name in measures}
         try:
             served.throughput(body, count, 1)
             found = rounds(
-                {
-                    "decode": lambda: with_decoding(encoded, px, decoders, options.seconds),
-                    "model": lambda: with_model(predictors, batch, options.seconds),
-                    "serve": lambda: served.throughput(body, count, options.seconds),
-                },
-                options.rounds,
+                {name: costed(*measure, costs[name]) for name, measure in measures.items()}, options.rounds
             )
         finally:
             served.close()
     apart = 1 / found["decode"] + 1 / found["model"]
+    cost = {name: statistics.median(values) for name, values in costs.items()}
     ratios = {
         "serve / decoding and model on the same processors": found["serve"] * apart,
+        "the same by processor time, without the client": (cost["decode"] + cost["model"]) / cost["serve"],
         "serve / model": found["serve"] / found["model"],
         "serve / decoding": found["serve"] / found["decode"],
     }
