@@ -1,7 +1,8 @@
 """Measures `serve`: packs over HTTP from as many connections as a Transform job opens, beside decoding alone and
 the model alone on the same processors. bench/serving.ts starts it, and shows what it writes: one JSON document.
 
-Everything is measured in rounds, one after the other in each, and medians are taken: the machine may be shared."""
+Everything is measured in rounds, one after the other in each, and medians are taken, of ratios those within a
+round: the machine may be shared, and its speed another from one minute to the next."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -93,16 +95,21 @@ def with_model(predictors: Sequence[Predictor], batch: npt.NDArray[np.uint8], se
     return in_threads(len(predictors), seconds, work)
 
 
-def costed(measure: Callable[[], float], clock: Callable[[], float], costs: list[float]) -> Callable[[], float]:
-    """The measure, the processor time of a tile noted, which other work on the machine hardly changes."""
+@dataclass
+class Measured:
+    """What the rounds have given: tiles a second, and seconds of the processor for a tile."""
 
-    def run() -> float:
-        before, started = clock(), time.perf_counter()
-        rate = measure()
-        costs.append((clock() - before) / (rate * (time.perf_counter() - started)))
+    measure: Callable[[], float]
+    clock: Callable[[], float]
+    rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+    def run(self) -> float:
+        before, started = self.clock(), time.perf_counter()
+        rate = self.measure()
+        self.rates.append(rate)
+        self.costs.append((self.clock() - before) / (rate * (time.perf_counter() - started)))
         return rate
-
-    return run
 
 
 class Served:
@@ -179,9 +186,9 @@ def main() -> int:
     parser.add_argument("--slides", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="model.tar.gz")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--endpoint", help="not needed here")
     options = parser.parse_args()
     threads = processors()
@@ -195,24 +202,28 @@ def main() -> int:
         decoders = max(1, threads - sum(predictor.on_gpu for predictor in predictors))
         px, batch = package.spec.px, np.ascontiguousarray(tiles[: package.spec.batch])
         served = Served(Path(folder))
-        measures = {
-            "decode": (lambda: with_decoding(encoded, px, decoders, options.seconds), time.process_time),
-            "model": (lambda: with_model(predictors, batch, options.seconds), time.process_time),
-            "serve": (lambda: served.throughput(body, count, options.seconds), served.processor_seconds),
-        }
-        costs: dict[str, list[float]] = {name: [] for name in measures}
+        decoding = Measured(lambda: with_decoding(encoded, px, decoders, options.seconds), time.process_time)
+        model = Measured(lambda: with_model(predictors, batch, options.seconds), time.process_time)
+        serving = Measured(lambda: served.throughput(body, count, options.seconds), served.processor_seconds)
         try:
             served.throughput(body, count, 1)
             found = rounds(
-                {name: costed(*measure, costs[name]) for name, measure in measures.items()}, options.rounds
+                {"decode": decoding.run, "model": model.run, "serve": serving.run},
+                options.rounds,
             )
         finally:
             served.close()
-    apart = 1 / found["decode"] + 1 / found["model"]
-    cost = {name: statistics.median(values) for name, values in costs.items()}
+    together = [
+        rate * (1 / decode + 1 / alone)
+        for decode, alone, rate in zip(decoding.rates, model.rates, serving.rates, strict=True)
+    ]
+    by_processor = [
+        (decode + alone) / cost
+        for decode, alone, cost in zip(decoding.costs, model.costs, serving.costs, strict=True)
+    ]
     ratios = {
-        "serve / decoding and model on the same processors": found["serve"] * apart,
-        "the same by processor time, without the client": (cost["decode"] + cost["model"]) / cost["serve"],
+        "serve / decoding and model on the same processors": statistics.median(together),
+        "the same by processor time, without the client": statistics.median(by_processor),
         "serve / model": found["serve"] / found["model"],
         "serve / decoding": found["serve"] / found["decode"],
     }
