@@ -231,7 +231,7 @@ def real_slides(folder: Path, threads: int, count: int) -> tuple[dict[str, float
             count,
         )
         figures |= {f"{path.name}.{name}": round(value, 1) for name, value in found.items()}
-        ratios[f"{path.name}: fast / OpenSlide in threads"] = found["fast_file"] / found["openslide_threads"]
+        ratios[f"{path.name}: fast / OpenSlide in threads"] = found.ratio("fast_file", "openslide_threads")
     return figures, ratios
 
 
@@ -253,14 +253,31 @@ def with_model(predictors: Sequence[Predictor], batches: int) -> float:
 # --- the bench ---------------------------------------------------------------------------------------------------
 
 
-def rounds(measures: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
-    """Medians of interleaved rounds; a first pass through everything warms up."""
+class Found(dict[str, float]):
+    """What rounds have found: of each measure the median, of all rates."""
+
+    def __init__(self, each: dict[str, list[float]]) -> None:
+        super().__init__({name: statistics.median(values) for name, values in each.items()})
+        self._each = each
+
+    def ratio(self, rate: str, *others: str) -> float:
+        """To another rate, or to what several allow together on the same processors: the median of the ratios
+        within a round, because the machine's speed changes from round to round."""
+        among = zip(*(self._each[other] for other in others), strict=True)
+        return statistics.median(
+            value * sum(1 / other for other in values)
+            for value, values in zip(self._each[rate], among, strict=True)
+        )
+
+
+def rounds(measures: dict[str, Callable[[], float]], count: int) -> Found:
+    """Measures one after the other, again and again; a first pass through everything warms up."""
     found: dict[str, list[float]] = {name: [] for name in measures}
     for number in range(count):
         for name, measure in measures.items():
             print(f"round {number + 1} of {count}: {name}", file=sys.stderr, flush=True)
             found[name].append(measure())
-    return {name: statistics.median(values) for name, values in found.items()}
+    return Found(found)
 
 
 def costed(measure: Callable[[], float], costs: list[float]) -> Callable[[], float]:
@@ -324,15 +341,14 @@ def main() -> int:
             measures[name] = costed(measures[name], own)
         found = rounds(measures, options.rounds)
         figures |= {f"{case.name}.{name}": round(value, 1) for name, value in found.items()}
-        ratios[f"{case.name}: fast / OpenSlide in threads"] = found["fast_file"] / found["openslide_threads"]
-        ratios[f"{case.name}: fast / DataLoader"] = found["fast_file"] / found["dataloader"]
-        ratios[f"{case.name}: fast / decoder"] = found["fast_file"] / found["decoder"]
-        decoding, reading = (statistics.median(own) for own in costs.values())
-        ratios[f"{case.name}: fast / decoder, by processor time"] = decoding / reading
-        ratios[f"{case.name}: fast from S3 / from a file"] = found["fast_s3"] / found["fast_file"]
+        ratios[f"{case.name}: fast / OpenSlide in threads"] = found.ratio("fast_file", "openslide_threads")
+        ratios[f"{case.name}: fast / DataLoader"] = found.ratio("fast_file", "dataloader")
+        ratios[f"{case.name}: fast / decoder"] = found.ratio("fast_file", "decoder")
+        ratios[f"{case.name}: fast / decoder, by processor time"] = Found(costs).ratio("decoder", "fast_file")
+        ratios[f"{case.name}: fast from S3 / from a file"] = found.ratio("fast_s3", "fast_file")
         if "fast_slow_s3" in found:
-            ratios[f"{case.name}: fast / tifffile"] = found["fast_file"] / found["tifffile"]
-            ratios[f"{case.name}: fast from slow S3 / from S3"] = found["fast_slow_s3"] / found["fast_s3"]
+            ratios[f"{case.name}: fast / tifffile"] = found.ratio("fast_file", "tifffile")
+            ratios[f"{case.name}: fast from slow S3 / from S3"] = found.ratio("fast_slow_s3", "fast_s3")
 
     if options.real:
         figures_of_real, ratios_of_real = real_slides(options.real, threads, options.rounds)
@@ -381,8 +397,8 @@ def whole(
     figures["whole.requests_a_slide"] = runs[0].requests
     figures["whole.request_mb"] = round(runs[0].bytes_read / max(1, runs[0].reads) / 1e6, 2)
     figures["whole.bytes_read_mb"] = round(runs[0].bytes_read / 1e6, 1)
-    ratios["whole: job / decode and model together"] = found["job"] / together
-    ratios["whole: slow job / job"] = found["slow_job"] / found["job"]
+    ratios["whole: job / decode and model together"] = found.ratio("job", "fast_s3", "model")
+    ratios["whole: slow job / job"] = found.ratio("slow_job", "job")
     ratios["whole: bytes read / compressed bytes under tissue"] = runs[0].bytes_read / runs[0].tissue_bytes
     for name, share in runs[0].bound.items():
         figures[f"whole.bound_{name}"] = share

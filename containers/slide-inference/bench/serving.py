@@ -1,8 +1,7 @@
 """Measures `serve`: packs over HTTP from as many connections as a Transform job opens, beside decoding alone and
 the model alone on the same processors. bench/serving.ts starts it, and shows what it writes: one JSON document.
 
-Everything is measured in rounds, one after the other in each, and medians are taken, of ratios those within a
-round: the machine may be shared, and its speed another from one minute to the next."""
+Everything is measured in rounds, one after the other in each, and medians are taken: the machine may be shared."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import io
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -21,12 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from reading import Case, grid_of, rounds
+from reading import Case, Found, grid_of, rounds
 from tiling import QUALITY, pixels
 
 from slideway_inference.encode import encode
@@ -95,21 +92,16 @@ def with_model(predictors: Sequence[Predictor], batch: npt.NDArray[np.uint8], se
     return in_threads(len(predictors), seconds, work)
 
 
-@dataclass
-class Measured:
-    """What the rounds have given: tiles a second, and seconds of the processor for a tile."""
+def costed(measure: Callable[[], float], clock: Callable[[], float], costs: list[float]) -> Callable[[], float]:
+    """The measure, its tiles a second of processor time noted, which other work on the machine hardly changes."""
 
-    measure: Callable[[], float]
-    clock: Callable[[], float]
-    rates: list[float] = field(default_factory=list)
-    costs: list[float] = field(default_factory=list)
-
-    def run(self) -> float:
-        before, started = self.clock(), time.perf_counter()
-        rate = self.measure()
-        self.rates.append(rate)
-        self.costs.append((self.clock() - before) / (rate * (time.perf_counter() - started)))
+    def run() -> float:
+        before, started = clock(), time.perf_counter()
+        rate = measure()
+        costs.append(rate * (time.perf_counter() - started) / (clock() - before))
         return rate
+
+    return run
 
 
 class Served:
@@ -202,30 +194,24 @@ def main() -> int:
         decoders = max(1, threads - sum(predictor.on_gpu for predictor in predictors))
         px, batch = package.spec.px, np.ascontiguousarray(tiles[: package.spec.batch])
         served = Served(Path(folder))
-        decoding = Measured(lambda: with_decoding(encoded, px, decoders, options.seconds), time.process_time)
-        model = Measured(lambda: with_model(predictors, batch, options.seconds), time.process_time)
-        serving = Measured(lambda: served.throughput(body, count, options.seconds), served.processor_seconds)
+        measures: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
+            "decode": (lambda: with_decoding(encoded, px, decoders, options.seconds), time.process_time),
+            "model": (lambda: with_model(predictors, batch, options.seconds), time.process_time),
+            "serve": (lambda: served.throughput(body, count, options.seconds), served.processor_seconds),
+        }
+        costs: dict[str, list[float]] = {name: [] for name in measures}
         try:
             served.throughput(body, count, 1)
             found = rounds(
-                {"decode": decoding.run, "model": model.run, "serve": serving.run},
-                options.rounds,
+                {name: costed(*measure, costs[name]) for name, measure in measures.items()}, options.rounds
             )
         finally:
             served.close()
-    together = [
-        rate * (1 / decode + 1 / alone)
-        for decode, alone, rate in zip(decoding.rates, model.rates, serving.rates, strict=True)
-    ]
-    by_processor = [
-        (decode + alone) / cost
-        for decode, alone, cost in zip(decoding.costs, model.costs, serving.costs, strict=True)
-    ]
     ratios = {
-        "serve / decoding and model on the same processors": statistics.median(together),
-        "the same by processor time, without the client": statistics.median(by_processor),
-        "serve / model": found["serve"] / found["model"],
-        "serve / decoding": found["serve"] / found["decode"],
+        "serve / decoding and model on the same processors": found.ratio("serve", "decode", "model"),
+        "the same by processor time, without the client": Found(costs).ratio("serve", "decode", "model"),
+        "serve / model": found.ratio("serve", "model"),
+        "serve / decoding": found.ratio("serve", "decode"),
     }
     figures = {
         "tiles_per_second_decode": found["decode"],

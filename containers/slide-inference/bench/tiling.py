@@ -141,13 +141,14 @@ def main() -> int:
         for part, share in events[-1]["bound"].items():
             figures[f"{name}.bound_{part}"] = share
     figures["peak_memory_mb"] = round(tiler.peak_memory / 1e6, 1)
-    again = 1 / (1 / found["native_decode"] + 1 / found["encode_jpeg"])
     ratios = {
-        "jpeg: job / read and encode together": found["job_jpeg"] / figures["read_and_encode_jpeg_together"],
-        "png: job / read and encode together": found["job_png"] / figures["read_and_encode_png_together"],
-        "native: passed through / decoded and encoded again": found["native_pass"] / again,
-        "native: job / passed through": found["job_native_pass"] / found["native_pass"],
-        "job: native passed through / unaligned encoded": found["job_native_pass"] / found["job_jpeg"],
+        "jpeg: job / read and encode together": found.ratio("job_jpeg", "read", "encode_jpeg"),
+        "png: job / read and encode together": found.ratio("job_png", "read", "encode_png"),
+        "native: passed through / decoded and encoded again": found.ratio(
+            "native_pass", "native_decode", "encode_jpeg"
+        ),
+        "native: job / passed through": found.ratio("job_native_pass", "native_pass"),
+        "job: native passed through / unaligned encoded": found.ratio("job_native_pass", "job_jpeg"),
     }
     ratios = {name: round(value, 3) for name, value in ratios.items()}
     options.out.write_text(json.dumps({"figures": figures, "ratios": ratios}))
