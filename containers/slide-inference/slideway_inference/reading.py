@@ -78,8 +78,8 @@ class Arena:
 
 class Nursery:
     """Starts reader processes: one process has loaded what they need and forks itself for each, a small part of the
-    work of loading it again. Where forking is not safe (macOS) each process loads it itself. For any
-    number of threads."""
+    work of loading it again. Where forking is not safe (macOS) each process loads it itself. Any
+    thread may ask."""
 
     forks = sys.platform == "linux"
 
@@ -109,7 +109,10 @@ class Nursery:
             if process := self._alone.pop(pid, None):
                 process.kill()
                 return process.wait()
-            return self._ask(-pid, [])
+            if (code := self._ask(-pid, [])) is None:
+                with suppress(ProcessLookupError):  # the nursery that it came from is gone
+                    os.kill(pid, signal.SIGKILL)
+            return code
 
     def close(self) -> None:
         with self._lock:
