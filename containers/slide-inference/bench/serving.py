@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from reading import Case, Found, grid_of, rounds
+from reading import Case, Found, costed, grid_of, rounds
 from tiling import QUALITY, pixels
 
 from slideway_inference.encode import encode
@@ -90,18 +90,6 @@ def with_model(predictors: Sequence[Predictor], batch: npt.NDArray[np.uint8], se
         return sum(len(answer()) for answer in answers)
 
     return in_threads(len(predictors), seconds, work)
-
-
-def costed(measure: Callable[[], float], clock: Callable[[], float], costs: list[float]) -> Callable[[], float]:
-    """The measure, its tiles a second of processor time noted, which other work on the machine hardly changes."""
-
-    def run() -> float:
-        before, started = clock(), time.perf_counter()
-        rate = measure()
-        costs.append(rate * (time.perf_counter() - started) / (clock() - before))
-        return rate
-
-    return run
 
 
 class Served:
@@ -194,17 +182,17 @@ def main() -> int:
         decoders = max(1, threads - sum(predictor.on_gpu for predictor in predictors))
         px, batch = package.spec.px, np.ascontiguousarray(tiles[: package.spec.batch])
         served = Served(Path(folder))
-        measures: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
-            "decode": (lambda: with_decoding(encoded, px, decoders, options.seconds), time.process_time),
-            "model": (lambda: with_model(predictors, batch, options.seconds), time.process_time),
-            "serve": (lambda: served.throughput(body, count, options.seconds), served.processor_seconds),
+        costs: dict[str, list[float]] = {"decode": [], "model": [], "serve": []}
+        measures = {
+            "decode": costed(lambda: with_decoding(encoded, px, decoders, options.seconds), costs["decode"]),
+            "model": costed(lambda: with_model(predictors, batch, options.seconds), costs["model"]),
+            "serve": costed(
+                lambda: served.throughput(body, count, options.seconds), costs["serve"], served.processor_seconds
+            ),
         }
-        costs: dict[str, list[float]] = {name: [] for name in measures}
         try:
             served.throughput(body, count, 1)
-            found = rounds(
-                {name: costed(*measure, costs[name]) for name, measure in measures.items()}, options.rounds
-            )
+            found = rounds(measures, options.rounds)
         finally:
             served.close()
     ratios = {

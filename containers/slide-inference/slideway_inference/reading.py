@@ -173,11 +173,6 @@ class ReaderProcess:
         self._connection: Connection | None = None
         self._sending = threading.Lock()
 
-    def start(self) -> None:
-        """Starts the process before it is needed."""
-        if self._connection is None:
-            self._start()
-
     def survey(self, request: SurveyRequest) -> Survey:
         """Raises SlideQuarantined of all kinds; NotFast for a slide in S3 that must be read from disk."""
         return self.open(request).survey
@@ -216,10 +211,7 @@ class ReaderProcess:
         if self._connection is not None:
             self._call(ReleaseRequest(), _READ_SECONDS)
 
-    def close(self) -> None:
-        self._end()
-
-    def _end(self) -> int | None:
+    def close(self) -> int | None:
         """Ends the process, if it has not ended; its exit code, where it is known."""
         with self._sending:
             if self.pid is None or self._connection is None:
@@ -235,7 +227,8 @@ class ReaderProcess:
                 self._connection.send(request)
 
     def _call(self, request: Request, seconds: float) -> Reply:
-        self.start()
+        if self._connection is None:
+            self._start()
         self._tell(request)
         return self._receive(seconds)
 
@@ -270,7 +263,7 @@ class ReaderProcess:
         self._connection = Connection(ours.detach())
 
     def _ending(self) -> str:
-        code = self._end()
+        code = self.close()
         if code is None:
             return "it was ended"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
