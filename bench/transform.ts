@@ -19,7 +19,7 @@ import {
   SageMakerClient,
 } from '@aws-sdk/client-sagemaker';
 import { ensureReady, type Ready } from '../cli/commands/setup.ts';
-import { CONTAINER, PROJECT } from '../cli/paths.ts';
+import { BUNDLES, CONTAINER, PROJECT } from '../cli/paths.ts';
 import { type Screen, UserError } from '../cli/terminal.ts';
 import { forEachConcurrently } from '../core/concurrency.ts';
 import type { Shard } from '../core/contracts.ts';
@@ -152,6 +152,7 @@ class Lab {
       package: ready.package,
       python: ready.python,
       containers: join(PROJECT, 'containers'),
+      bundles: BUNDLES,
       executor: 'process',
     });
     const lab = new Lab(aws, await readModelPackage(createReadStream(ready.model)));

@@ -17,7 +17,7 @@ import { z } from 'zod';
 import { StateTable } from '../core/state.ts';
 import { attachLocalAws, type Connection, StateFolderInUse, startLocalAws } from '../local/engine.ts';
 import { ensureReady } from './commands/setup.ts';
-import { PROJECT, stateFolder, venvFolder, venvPython } from './paths.ts';
+import { BUNDLES, PROJECT, stateFolder, venvFolder, venvPython } from './paths.ts';
 import { ensureModel } from './setup/model.ts';
 import { ensurePackage } from './setup/package.ts';
 import { readyPython } from './setup/python.ts';
@@ -98,6 +98,7 @@ export async function openDeployment(screen: Screen, options: DeploymentOptions)
       package: ready.package,
       python: ready.python,
       containers: join(PROJECT, 'containers'),
+      bundles: BUNDLES,
     });
   const deadline = Date.now() + STARTING_MS;
   for (;;) {
@@ -129,6 +130,7 @@ export async function openForReading(
     package: await ensurePackage(screen, options.stage),
     python: venvPython(venvFolder()),
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
     resume: false,
   });
   return connected(engine, 'here', () => engine.stop());

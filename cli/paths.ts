@@ -6,6 +6,8 @@ export const PROJECT = resolve(import.meta.dirname, '..');
 export const CONTAINER = join(PROJECT, 'containers', 'slide-inference');
 /** What setup builds and can build again. */
 export const BUILD = join(PROJECT, '.build');
+/** The functions' bundles, unpacked for the local AWS. */
+export const BUNDLES = join(BUILD, 'functions');
 
 export const venvFolder = (env: NodeJS.ProcessEnv = process.env): string =>
   resolve(env.SLIDEWAY_VENV || join(PROJECT, '.venv'));

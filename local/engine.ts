@@ -53,6 +53,11 @@ export interface LocalAwsOptions {
   python: string;
   /** The folder with one folder per container image. */
   containers: string;
+  /**
+   * Where the functions' bundles are unpacked, each under the hash of its content. Engines that share it share what
+   * V8 compiled of them, too. Default: in the state folder.
+   */
+  bundles?: string;
   /** How jobs run. Default `auto`: in Docker where an engine has the image, else as processes. */
   executor?: 'auto' | 'process' | 'docker';
   /** Default 0: a free port. */
@@ -209,7 +214,7 @@ class Engine {
       },
     });
     const lambda = new Lambda({
-      folder: folder('lambda'),
+      folder: options.bundles ?? folder('lambda'),
       endpoint,
       credentials,
       log: (group, stream, lines) => logs.append(group, stream, lines),

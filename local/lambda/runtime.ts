@@ -3,7 +3,7 @@
  * the other. Knows only its environment and what the sandbox posts to it.
  */
 import { existsSync } from 'node:fs';
-import { registerHooks } from 'node:module';
+import { flushCompileCache, registerHooks } from 'node:module';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { parentPort, workerData } from 'node:worker_threads';
@@ -159,6 +159,8 @@ async function invoke(handler: Handler, data: RuntimeData, invocation: Invocatio
   }
 }
 
+// Read when this worker began, and none of the function's business.
+delete process.env.NODE_COMPILE_CACHE;
 captureOutput();
 bringSdk();
 const data = workerData as RuntimeData;
@@ -166,6 +168,8 @@ try {
   const handler = await loadHandler(data);
   parentPort?.on('message', (invocation: Invocation) => void invoke(handler, data, invocation));
   post({ type: 'ready' });
+  // A worker is ended from outside, without its own time to keep what was compiled.
+  flushCompileCache();
 } catch (error) {
   post({ type: 'initError', error: describe(error) });
 }

@@ -3,6 +3,8 @@
  * serves one invocation at a time and is ended when it times out or crashes.
  */
 import { randomUUID } from 'node:crypto';
+import { getCompileCacheDir } from 'node:module';
+import { dirname } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import type { ErrorPayload, Invocation, RuntimeData, RuntimeMessage } from './runtime.ts';
 
@@ -43,7 +45,7 @@ export class Sandbox {
     this.#options = options;
     this.#worker = new Worker(new URL('./runtime.ts', import.meta.url), {
       workerData: options.data,
-      env: options.environment,
+      env: { ...options.environment, ...compileCache() },
       execArgv: [],
       resourceLimits: { maxOldGenerationSizeMb: options.data.memorySize },
     });
@@ -139,6 +141,12 @@ export class Sandbox {
     if (this.#partial !== '') this.#options.log([this.#partial]);
     this.#partial = '';
   }
+}
+
+/** Where this process keeps what V8 compiled of it, for the worker too: each loads megabytes of its bundle. */
+function compileCache(): Record<string, string> {
+  const folder = getCompileCacheDir();
+  return folder === undefined ? {} : { NODE_COMPILE_CACHE: dirname(folder) };
 }
 
 function crash(error: unknown): FunctionError {

@@ -10,7 +10,7 @@ import { CreateSecretCommand, SecretsManagerClient } from '@aws-sdk/client-secre
 import { ListExecutionsCommand, SFNClient } from '@aws-sdk/client-sfn';
 import { decode } from 'fast-png';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { command } from '../../cli/setup/command.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
@@ -95,6 +95,7 @@ beforeAll(async () => {
     package: await packaged(concentriq.url),
     python,
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
     timeScale: 0.001,
   });
   const config = { endpoint: aws.endpoint, region: aws.region, credentials: aws.credentials };

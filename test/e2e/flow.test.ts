@@ -10,7 +10,7 @@ import {
   StartExecutionCommand,
 } from '@aws-sdk/client-sfn';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
@@ -37,6 +37,7 @@ beforeAll(async () => {
     package: await ensurePackage(screen, 'dev'),
     python,
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
     timeScale: 0.001,
     faults: (jobName) => {
       jobNames.push(jobName);

@@ -13,7 +13,7 @@ import {
   S3Client,
 } from '@aws-sdk/client-s3';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
@@ -49,6 +49,7 @@ beforeAll(async () => {
     package: await impatientPackage(),
     python,
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
     timeScale: 0.01,
   });
   s3 = new S3Client({

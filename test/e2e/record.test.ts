@@ -2,7 +2,7 @@
 import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
 import type { Trace } from '../../core/trace.ts';
@@ -106,6 +106,7 @@ describe('the record', () => {
       package: await ensurePackage(new Screen(process.stderr, { quiet: true }), 'dev'),
       python,
       containers: join(PROJECT, 'containers'),
+      bundles: BUNDLES,
     });
     while (aws.services.events.pending().length > 0) await new Promise((done) => setTimeout(done, 100));
     await aws.stop();

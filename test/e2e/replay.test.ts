@@ -13,7 +13,7 @@ import { DescribeExecutionCommand, ListExecutionsCommand, SFNClient } from '@aws
 import { GetQueueUrlCommand, SendMessageCommand, SQSClient } from '@aws-sdk/client-sqs';
 import { extract, pack } from 'tar-stream';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
@@ -44,6 +44,7 @@ async function engine() {
     package: await ensurePackage(screen, 'dev'),
     python,
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
   });
   aws = running;
   const { endpoint, region, credentials, outputs } = running;

@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import { Readable } from 'node:stream';
 import { PutObjectCommand, S3Client } from '@aws-sdk/client-s3';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
@@ -29,6 +29,7 @@ beforeAll(async () => {
     package: await ensurePackage(screen, 'dev'),
     python,
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
   });
   const { endpoint, region, credentials, outputs } = aws;
   const s3 = new S3Client({ endpoint, region, credentials, forcePathStyle: true });

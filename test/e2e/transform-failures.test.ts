@@ -13,6 +13,7 @@ import {
 import { ListExecutionsCommand, SFNClient, StopExecutionCommand } from '@aws-sdk/client-sfn';
 import { pack } from 'tar-stream';
 import { afterAll, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest';
+import { BUNDLES } from '../../cli/paths.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
 import type { RunSummary } from '../../core/contracts.ts';
@@ -176,6 +177,7 @@ beforeAll(async () => {
     package: await packageWithShortLimit(),
     python,
     containers: work.path('containers'),
+    bundles: BUNDLES,
     timeScale: 0.001,
     executor: 'process',
     faults: (name) => {

@@ -9,7 +9,7 @@ import { ListModelsCommand, SageMakerClient } from '@aws-sdk/client-sagemaker';
 import { ListExecutionsCommand, SFNClient } from '@aws-sdk/client-sfn';
 import { extract, pack } from 'tar-stream';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PROJECT } from '../../cli/paths.ts';
+import { BUNDLES, PROJECT } from '../../cli/paths.ts';
 import { ensureModel } from '../../cli/setup/model.ts';
 import { ensurePackage } from '../../cli/setup/package.ts';
 import { Screen } from '../../cli/terminal.ts';
@@ -41,6 +41,7 @@ beforeAll(async () => {
     package: await ensurePackage(screen, 'dev'),
     python,
     containers: join(PROJECT, 'containers'),
+    bundles: BUNDLES,
     timeScale: 0.001,
   });
   const config = { endpoint: aws.endpoint, region: aws.region, credentials: aws.credentials };

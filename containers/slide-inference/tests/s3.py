@@ -17,8 +17,8 @@ class S3:
     """`objects` maps (bucket, key) to bytes, `versions` (bucket, key, version) too. Keys in `failing` answer with
     the given status; `broken` counts down the GETs of ranges and outputs whose body breaks off half way. `written`
     has the order in which objects were put, which lists give as their times, and a list has `page` keys at most.
-    `slow` names keys whose every GET waits for some seconds, `trickling` those whose bodies come byte by byte;
-    `modified` has the times that GET tells, in seconds since 1970."""
+    `slow` names keys whose every GET waits for some seconds, `held` those whose GETs wait until it names others,
+    `trickling` those whose bodies come byte by byte; `modified` has the times that GET tells (s)."""
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
@@ -27,6 +27,7 @@ class S3:
         self.broken = 0
         self.page = 1000
         self.slow: tuple[str, float] | None = None
+        self.held = ""
         self.trickling = ""
         self.written: dict[tuple[str, str], int] = {}
         self.modified: dict[tuple[str, str], float] = {}
@@ -93,6 +94,8 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             s3.log.append(("GET", key))
             if s3.slow and s3.slow[0] in key:
                 time.sleep(s3.slow[1])
+            while s3.held and s3.held in key:
+                time.sleep(0.01)
             if self._refused(key):
                 return
             body = s3.versions.get((bucket, key, version)) if version else s3.objects.get((bucket, key))

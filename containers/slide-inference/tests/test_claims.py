@@ -169,12 +169,12 @@ def test_two_models_of_a_run_have_each_slide_tiled_once(
     for name in ("one", "two", "three"):
         job.add(name, slide(tmp_path, f"{name}.tiff"))
     other, fields = of_another_model(job, tmp_path)
-    job.s3.slow = ("one.tiff", 2.0)
+    job.s3.held = "one.tiff"
     begun = job.run(command="tile", wait=False, **shard_fields())
-    until(lambda: any(key.endswith("claim.json") for key in written(job, "claim.json")))
+    until(lambda: any(key.endswith("one.tiff") for _, key in list(job.s3.log)))
     second = other.run(command="tile", wait=False, **fields)
     until(looked_at(job, 3))  # by the first once, by the second again and again
-    job.s3.slow = None
+    job.s3.held = ""
     ended, waited = job.end(begun), other.end(second)
     assert (ended.code, waited.code) == (0, 0), ended.message + waited.message + waited.stderr
     markers = written(job, "/tileset.json")
@@ -182,8 +182,9 @@ def test_two_models_of_a_run_have_each_slide_tiled_once(
     packs = written(job, ".tar")
     assert len(packs) == len(set(packs))
     assert len(ended.named("slide-complete")) + len(waited.named("slide-complete")) == 3
-    event = waited.named("slide-waits")[0]
-    assert (event["slideId"], event["holder"], event["seconds"]) == ("one", "job-1", 0.0)
+    # Slides are looked at side by side: which of them is told first is nobody's promise.
+    waits = {(event["slideId"], event["holder"], event["seconds"]) for event in waited.named("slide-waits")}
+    assert ("one", "job-1", 0.0) in waits
     for model, reused in (("m", False), ("other", True)):
         told = json.loads(job.s3.objects["silver", f"runs/run-1/jobs/{model}/tiled/one.json"])
         assert (told["state"], told["tileset"]["reused"]) == ("TILED", reused)
@@ -197,15 +198,15 @@ def test_a_slide_whose_tiler_was_killed_is_taken_over(
     monkeypatch.setenv("SLIDEWAY_CLAIM_SECONDS", "3")
     job.add("one", slide(tmp_path, "one.tiff"))
     other, fields = of_another_model(job, tmp_path)
-    job.s3.slow = ("one.tiff", 3.0)
+    job.s3.held = "one.tiff"
     begun = job.run(command="tile", wait=False, **shard_fields())
-    until(lambda: bool(written(job, "claim.json")))
+    until(lambda: any(key.endswith("one.tiff") for _, key in list(job.s3.log)))
     second = other.run(command="tile", wait=False, **fields)
     until(looked_at(job, 3))
     assert not written(job, "/tileset.json")
     begun.kill()
     begun.communicate()
-    job.s3.slow = None
+    job.s3.held = ""
     ended = other.end(second)
     assert ended.code == 0, ended.message + ended.stderr
     assert ended.named("slide-waits")
