@@ -35,11 +35,11 @@ from slideway_inference.contracts import ModelRef
 from slideway_inference.fast import FileSource, S3Source, open_fast
 from slideway_inference.fast.source import ByteSource
 from slideway_inference.grid import TileGeometry, plan_tiles
+from slideway_inference.interpreter import hand_over_quickly, spare_the_collector
 from slideway_inference.model.package import open_package
 from slideway_inference.model.predictor import Predictor
 from slideway_inference.model.predictors import load_predictors
 from slideway_inference.pipeline import processors
-from slideway_inference.reader_process import spare_the_collector
 from slideway_inference.store import s3_client
 
 U8 = npt.NDArray[np.uint8]
@@ -199,7 +199,7 @@ def room() -> list[U8]:
 
 def with_fast(source: ByteSource, case: Case, grid: Grid, threads: int) -> float:
     with open_fast(source, name=case.path.name, threads=threads) as reader:
-        buffers: queue.Queue[U8] = queue.Queue()
+        buffers: queue.Queue[U8] = queue.LifoQueue()  # as the pipeline gives them out
         for buffer in room():
             buffers.put(buffer)
         started = time.perf_counter()
@@ -307,7 +307,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=62)
     parser.add_argument("--real", type=Path, help="folder of small real slides")
     options = parser.parse_args()
-    spare_the_collector()  # as the process does in which the fast reader runs
+    hand_over_quickly()  # as the process does in which the fast reader runs
+    spare_the_collector()
     threads = processors()
     cases = [
         Case("native", options.slides / "native-256.svs", 0.5),

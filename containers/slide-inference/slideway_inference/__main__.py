@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from slideway_inference import package
+from slideway_inference.interpreter import hand_over_quickly
 
 
 def main() -> int:
@@ -19,6 +20,7 @@ def main() -> int:
     package.add_arguments(commands.add_parser("package", help="build or check a model package"))
     options = parser.parse_args()
     command = options.command
+    hand_over_quickly()
     if command == "serve":
         from slideway_inference.serve import serve
 

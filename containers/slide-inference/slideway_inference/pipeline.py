@@ -299,7 +299,7 @@ class Pipeline:
         self._idle_lanes: queue.Queue[ReaderProcess] = queue.Queue()
         for lane in self._lanes:
             self._idle_lanes.put(lane)
-        self._free: queue.Queue[int] = queue.Queue()
+        self._free: queue.Queue[int] = queue.LifoQueue()  # what was freed last is in the processor's cache
         for slot in range(slots):
             self._free.put(slot)
         self._prepared: queue.Queue[_Work | None] = queue.Queue(1)

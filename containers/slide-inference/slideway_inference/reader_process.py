@@ -10,7 +10,6 @@ of each part as it is filled, so that neither waits for the other."""
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 import queue
@@ -31,6 +30,7 @@ from slideway_inference.contracts import ShardSlide
 from slideway_inference.errors import InternalError, SlidewayError
 from slideway_inference.fast import Form, NotFast
 from slideway_inference.grid import TileGeometry
+from slideway_inference.interpreter import hand_over_quickly, spare_the_collector
 from slideway_inference.reader import SlideReader, open_slide
 from slideway_inference.remote import RemoteSlide, Usage
 from slideway_inference.survey import Survey, SurveyRequest, survey
@@ -225,17 +225,10 @@ class _Worker:
         return message
 
 
-def spare_the_collector() -> None:
-    """Python's collector would look again and again at all tiles on their way, a tenth of the time of reading, and
-    find nothing: what is read is freed without it."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000)
-
-
 def main(connection_fd: int, arena_fd: int, threads: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the parent decides, and ends this process by closing the connection
+    hand_over_quickly()
     spare_the_collector()
     connection = Connection(connection_fd)
     worker = _Worker(mmap.mmap(arena_fd, os.fstat(arena_fd).st_size), connection, threads)

@@ -12,9 +12,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -291,15 +290,16 @@ def _reduction(native: NativeLevel, scale_x: float, scale_y: float) -> int:
 
 class _Native:
     """A native tile on its way from bytes to pixels. `pixels` stays None for what was not scanned, and while `part`
-    is there, its bytes for those who decode them elsewhere."""
+    is there, its bytes for those who decode them elsewhere. `users`: the tiles that a part of it is copied to."""
 
-    __slots__ = ("chunk", "data", "error", "index", "part", "pixels", "place", "reduction", "uses")
+    __slots__ = ("chunk", "data", "error", "index", "part", "pixels", "place", "reduction", "users", "uses")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.reduction = 1
         self.place: int | None = None  # in its batch, where it is decoded straight into
         self.uses = 0
+        self.users: list[_User] = []
         self.chunk: _Chunk | None = None
         self.data: Data | None = None
         self.part: U8 | None = None
@@ -359,7 +359,7 @@ def _keep(native: NativeLevel, tile: _Native, out: U8) -> int:
 
 
 class _Group:
-    """A batch while it is filled, and where its tiles lie."""
+    """A batch while it is filled, and where its tiles lie; `batch` is there once it has a buffer."""
 
     def __init__(self, indices: npt.NDArray[np.int64], places: _Places) -> None:
         self.indices = indices
@@ -371,8 +371,8 @@ class _Group:
 
 class _Chunk:
     """Consecutive tiles of a batch, the first at place `start` of it. `own` are the native tiles to decode for it,
-    which no chunk before it needs; `needed` those that each tile is cut from, row by row. `closes`: it is the last
-    of its window."""
+    which no chunk before it needs; `needed` those that each tile is cut from, row by row, None for what has been
+    copied already. `closes`: it is the last of its window."""
 
     __slots__ = ("closes", "decoded", "group", "needed", "own", "start")
 
@@ -380,9 +380,14 @@ class _Chunk:
         self.group = group
         self.start = start
         self.own: list[_Native] = []
-        self.needed: list[list[_Native]] = []
+        self.needed: list[_Needed] = []
         self.decoded = threading.Event()
         self.closes = False
+
+
+_Needed = list[_Native | None]
+_User = tuple[_Group, int, _Needed, int]
+"""A tile, by its group and its place there; what it needs, and which of that is meant."""
 
 
 class _Ended(Exception):
@@ -422,6 +427,7 @@ class _Run:
         self._ready: queue.Queue[_Chunk | None] = queue.Queue()
         self._room = threading.Semaphore(_WINDOWS + 1)
         self._groups: queue.Queue[_Group | None] = queue.Queue()
+        self._roomless: deque[_Group] = deque()
         self._lock = threading.Lock()
         self._taking = threading.Lock()
         self._stop = threading.Event()
@@ -504,6 +510,7 @@ class _Run:
         window[-1].closes = True
         for chunk in window:
             if chunk.start == 0:
+                self._roomless.append(chunk.group)
                 self._groups.put(chunk.group)
             self._ready.put(chunk)
 
@@ -536,7 +543,7 @@ class _Run:
             reduction = places.reductions[place]
             (left, top), (right, bottom) = places.first[place], places.last[place]
             uses = self._uses[reduction]
-            needed = []
+            needed: _Needed = []
             for row in range(top, bottom + 1):
                 for column in range(left, right + 1):
                     key = row * plan.native.columns + column
@@ -549,6 +556,8 @@ class _Run:
                         if tile.uses == 1 and places.whole[place] and not self._parts:
                             tile.place = place
                         chunk.own.append(tile)
+                    if places.copied[place] and not self._parts:
+                        tile.users.append((group, place, needed, len(needed)))
                     needed.append(tile)
             chunk.needed.append(needed)
         return chunk
@@ -564,8 +573,8 @@ class _Run:
                 self._make(tile, batch)
             chunk.decoded.set()
             for place, needed in enumerate(chunk.needed, chunk.start):
-                for tile in needed:
-                    owner = tile.chunk
+                for part in needed:
+                    owner = None if part is None else part.chunk
                     if owner is not None and owner is not chunk:
                         while not owner.decoded.wait(_POLL):
                             self._check()
@@ -579,12 +588,20 @@ class _Run:
                 return None
             if chunk.closes:
                 self._room.release()
-            group = chunk.group
-            if group.batch is None:
-                buffer = self._get(self._buffers)
-                count = len(group.indices)
-                group.batch = Batch(group.indices, buffer[:count], buffer, np.zeros(count, np.int32))
+            while chunk.group.batch is None:
+                self._give_room(self._get(self._buffers))
+            while self._roomless:
+                try:
+                    self._give_room(self._buffers.get_nowait())
+                except queue.Empty:
+                    break
             return chunk
+
+    def _give_room(self, buffer: U8) -> None:
+        """To the first group that has none: also ahead of time, for what is decoded now and belongs there."""
+        group = self._roomless.popleft()
+        count = len(group.indices)
+        group.batch = Batch(group.indices, buffer[:count], buffer, np.zeros(count, np.int32))
 
     def _make(self, tile: _Native, batch: Batch) -> None:
         if tile.data is None:
@@ -601,12 +618,39 @@ class _Run:
                 batch.stored[tile.place] = size
                 tile.pixels, tile.data = out, None
                 return
-        elif tile.reduction == self._plan.reduction and self._spare:
-            with suppress(IndexError):
+        elif tile.reduction == self._plan.reduction:
+            try:
                 out = self._spare.pop()
+            except IndexError:
+                out = None
         tile.pixels = _decode(self._plan.native, tile, tile.reduction, out)
+        if tile.users and tile.place is None:
+            self._copy(tile)
 
-    def _keep_parts(self, places: _Places, place: int, needed: list[_Native], batch: Batch) -> bool:
+    def _copy(self, tile: _Native) -> None:
+        """Copies a native tile to all tiles that have room, while the processor's cache holds it."""
+        pixels, native = tile.pixels, self._plan.native
+        if pixels is None:
+            return
+        wide, high = native.tile_width // tile.reduction, native.tile_height // tile.reduction
+        row, column = divmod(tile.index, native.columns)
+        x, y, copied = column * wide, row * high, 0
+        right, bottom = x + wide, y + high
+        for group, place, needed, number in tuple(tile.users):
+            if group.batch is None:
+                continue
+            (x0, y0), (x1, y1) = group.places.low[place], group.places.high[place]
+            xa, ya = x if x > x0 else x0, y if y > y0 else y0
+            xb, yb = x1 if x1 < right else right, y1 if y1 < bottom else bottom
+            part = pixels[ya - y : yb - y, xa - x : xb - x]
+            group.batch.tiles[place][ya - y0 : yb - y0, xa - x0 : xb - x0] = part
+            needed[number] = None
+            copied += 1
+        tile.users.clear()
+        with self._lock:
+            self._used(tile, copied)
+
+    def _keep_parts(self, places: _Places, place: int, needed: Sequence[_Native], batch: Batch) -> bool:
         """Puts a tile into its batch as its parts; where one of them has to be decoded here, or there is no room,
         they are decoded, and it is to be cut as any other."""
         native = self._plan.native
@@ -633,53 +677,48 @@ class _Run:
                     tile.pixels = _decode(native, tile, 1)
         return False
 
-    def _finish(
-        self, places: _Places, place: int, needed: list[_Native], batch: Batch, resample: AreaResampler
-    ) -> None:
-        if self._parts and self._keep_parts(places, place, needed, batch):
+    def _finish(self, places: _Places, place: int, needed: _Needed, batch: Batch, resample: AreaResampler) -> None:
+        rest = [tile for tile in needed if tile is not None]
+        if not rest or (self._parts and self._keep_parts(places, place, rest, batch)):
             return
-        for tile in needed:
+        for tile in rest:
             if tile.error is not None:
                 batch.unread[place] = Unread(tile.error.reason, self._retry and tile.error.retry)
                 return
         out = batch.tiles[place]
-        if needed[0].place is not None:
-            if needed[0].pixels is None:
+        if rest[0].place is not None:
+            if rest[0].pixels is None:
                 batch.unread[place] = _NOT_SCANNED
             return
         plan = self._plan
         (x0, y0), (x1, y1) = places.low[place], places.high[place]
-        copied = places.copied[place]
-        if copied:
-            region = out
-        elif len(needed) == 1 and needed[0].pixels is not None:
-            region = None
-        else:
-            region = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
         wide, high = plan.native.tile_width, plan.native.tile_height
-        if needed[0].reduction > 1:
-            wide, high = wide // needed[0].reduction, high // needed[0].reduction
-        columns = places.last[place][0] - places.first[place][0] + 1
+        if rest[0].reduction > 1:
+            wide, high = wide // rest[0].reduction, high // rest[0].reduction
         left, top = places.first[place][0] * wide, places.first[place][1] * high
+        copied, alone = places.copied[place], rest[0].pixels if len(needed) == 1 else None
         blank = 0
-        for number, tile in enumerate(needed):
-            row, column = divmod(number, columns)
-            x, y = left + column * wide, top + row * high
-            if region is None:
-                assert tile.pixels is not None
-                region = tile.pixels[y0 - y : y1 - y, x0 - x : x1 - x]
-                break
-            xa, ya = max(x0, x), max(y0, y)
-            xb, yb = min(x1, x + wide), min(y1, y + high)
-            if tile.pixels is None:
-                region[ya - y0 : yb - y0, xa - x0 : xb - x0] = 255
-                blank += (yb - ya) * (xb - xa)
-            else:
-                region[ya - y0 : yb - y0, xa - x0 : xb - x0] = tile.pixels[ya - y : yb - y, xa - x : xb - x]
+        if alone is not None and not copied:
+            region = alone[y0 - top : y1 - top, x0 - left : x1 - left]
+        else:
+            region = out if copied else np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+            across = [(x, max(x0, x), min(x1, x + wide)) for x in range(left, x1, wide)]
+            parts = iter(needed)
+            for y in range(top, y1, high):
+                ya, yb = max(y0, y), min(y1, y + high)
+                for x, xa, xb in across:
+                    part = next(parts)
+                    if part is None:
+                        continue
+                    pixels = part.pixels
+                    if pixels is None:
+                        region[ya - y0 : yb - y0, xa - x0 : xb - x0] = 255
+                        blank += (yb - ya) * (xb - xa)
+                    else:
+                        region[ya - y0 : yb - y0, xa - x0 : xb - x0] = pixels[ya - y : yb - y, xa - x : xb - x]
         if 2 * blank > (y1 - y0) * (x1 - x0):
             batch.unread[place] = _NOT_SCANNED
         elif not copied:
-            assert region is not None
             (left_at, top_at), (right_at, bottom_at) = places.start[place], places.stop[place]
             resample(region, (left_at - x0, top_at - y0, right_at - x0, bottom_at - y0), out)
 
@@ -687,17 +726,23 @@ class _Run:
         with self._lock:
             for needed in chunk.needed:
                 for tile in needed:
-                    tile.uses -= 1
-                    if tile.uses == 0:
-                        del self._live[tile.index, tile.reduction]
-                        tile.chunk = None
-                        own = tile.pixels is not None and tile.place is None
-                        if own and tile.reduction == self._plan.reduction and not self._plan.native.ragged:
-                            self._spare.append(cast(U8, tile.pixels))
+                    if tile is not None:
+                        self._used(tile, 1)
             chunk.group.left -= len(chunk.needed)
             last = chunk.group.left == 0
         if last:
             chunk.group.done.set()
+
+    def _used(self, tile: _Native, times: int) -> None:
+        """A native tile was cut so often; after the last time its memory is there for another. Under the lock."""
+        tile.uses -= times
+        if tile.uses > 0:
+            return
+        del self._live[tile.index, tile.reduction]
+        tile.chunk = None
+        pixels, own = tile.pixels, tile.place is None and not self._plan.native.ragged
+        if pixels is not None and own and tile.reduction == self._plan.reduction:
+            self._spare.append(pixels)
 
 
 # --- the overview ------------------------------------------------------------------------------------------------
