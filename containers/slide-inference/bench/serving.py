@@ -27,6 +27,7 @@ from reading import Case, Found, costed, grid_of, rounds
 from tiling import QUALITY, pixels
 
 from slideway_inference.encode import encode
+from slideway_inference.interpreter import hand_over_quickly
 from slideway_inference.model.package import unpack
 from slideway_inference.model.predictor import Predictor
 from slideway_inference.model.predictors import load_predictors
@@ -166,11 +167,12 @@ def main() -> int:
     parser.add_argument("--slides", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="model.tar.gz")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--endpoint", help="not needed here")
     options = parser.parse_args()
+    hand_over_quickly()  # as the process that serves does
     threads = processors()
     case = Case("native", options.slides / "native-256.svs", 0.5)
     tiles = pixels(case, grid_of(case, options.rows))

@@ -505,7 +505,7 @@ def test_a_ruler_measures_right_at_half_the_resolution(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("buffers", [1, 3])
+@pytest.mark.parametrize("buffers", [1, 3, 30])
 def test_batches_come_in_order_in_the_buffers_given_however_few(tmp_path: Path, threads: int, buffers: int) -> None:
     path = save_jpeg(tmp_path / "s.tif", picture(1500, 1200))
     expected = reference(path)[0]

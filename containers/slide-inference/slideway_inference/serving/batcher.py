@@ -180,7 +180,7 @@ class Batcher:
             with self._lock:
                 part.request.errors |= errors
                 slot.awaited -= part.count
-                if slot.awaited == 0:
+                if slot.awaited == 0 and (slot.count == self.batch or not self._pending):
                     self._predictable.notify_all()
 
     def _claim(self) -> tuple[_Slot, _Part] | None:
