@@ -18,7 +18,7 @@ Tiles = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int32]
 Values = npt.NDArray[np.float32]
 
-_CACHED_BYTES = 3 << 20
+_CACHED_BYTES = 6 << 20
 """Floats that a processor's model gets at once: larger batches leave the cache, and processors then wait for memory
 instead of working side by side."""
 
