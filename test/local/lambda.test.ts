@@ -1,4 +1,5 @@
 import { existsSync, readdirSync } from 'node:fs';
+import { enableCompileCache } from 'node:module';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { type FunctionDefinition, Lambda } from '../../local/lambda/service.ts';
@@ -48,6 +49,7 @@ const linesOf = (name: string) =>
 describe('a function', () => {
   it('gets the event, its context and its own environment, and nothing of ours', async () => {
     process.env.SECRET_OF_THE_ENGINE = 'hidden';
+    enableCompileCache(join(folder, 'compiled'));
     const invoke = await create(
       'echo',
       `export const handler = async (event, context) => ({
@@ -82,6 +84,7 @@ describe('a function', () => {
     });
     expect(answer.env).not.toHaveProperty('SECRET_OF_THE_ENGINE');
     expect(answer.env).not.toHaveProperty('PATH');
+    expect(answer.env).not.toHaveProperty('NODE_COMPILE_CACHE');
   });
 
   it('may be CommonJS, and may answer nothing', async () => {
