@@ -144,18 +144,22 @@ class Batcher:
             self._decodable.notify_all()
 
     def stuck(self) -> str | None:
-        """Why a predictor will not answer any more, if one is so; the requests concerned fail with it."""
+        """Why a predictor will not answer any more, if one is so; `give_up` fails the requests concerned."""
         late = time.monotonic() - self._seconds
         reason = self._fault
         with self._lock:
             for flight in (flight for own in self._flights for flight in own):
                 if flight.since < late:
                     flight.lost = f"The model did not answer within {self._seconds:g} s."
-                if flight.lost:
-                    reason = flight.lost
-                    for part in flight.slot.parts:
-                        part.request.fail(ModelStuck(reason))
+                reason = flight.lost or reason
         return reason
+
+    def give_up(self) -> None:
+        """Fails the requests that a stuck predictor has tiles of."""
+        with self._lock:
+            for flight in (flight for own in self._flights for flight in own if flight.lost):
+                for part in flight.slot.parts:
+                    part.request.fail(ModelStuck(flight.lost))
 
     # --- decode ------------------------------------------------------------------------------------------------
 

@@ -171,11 +171,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._left: int | None = None
         try:
-            with self.server.service.admitted():
-                size = self._size()
-                media_type = self.headers.get_content_type()
-                reserved = self.server.service.settings.payload if size is None else size
-                self.server.service.invoke(media_type, reserved, lambda: self._read(size), self._send)
+            with self.server.service.admitted():  # until it is answered, so that who drains waits for the answer
+                self._invoke()
+        except Unavailable as error:
+            self._refuse(error.status, error)
+
+    def _invoke(self) -> None:
+        try:
+            size = self._size()
+            media_type = self.headers.get_content_type()
+            reserved = self.server.service.settings.payload if size is None else size
+            self.server.service.invoke(media_type, reserved, lambda: self._read(size), self._send)
         except RequestRefused as error:
             self._refuse(error.status, error)
         except (ConnectionError, TimeoutError):
