@@ -158,6 +158,11 @@ def looked_at(job: Job, calls: int) -> Callable[[], bool]:
     return looked
 
 
+def read(job: Job, name: str) -> Callable[[], bool]:
+    """Whether a slide was asked for."""
+    return lambda: any(key.endswith(name) for _, key in list(job.s3.log))
+
+
 def written(job: Job, name: str) -> list[str]:
     return [key for call, key in job.s3.log if call == "PUT" and key.endswith(name)]
 
@@ -171,7 +176,7 @@ def test_two_models_of_a_run_have_each_slide_tiled_once(
     other, fields = of_another_model(job, tmp_path)
     job.s3.held = "one.tiff"
     begun = job.run(command="tile", wait=False, **shard_fields())
-    until(lambda: any(key.endswith("one.tiff") for _, key in list(job.s3.log)))
+    until(read(job, "one.tiff"))
     second = other.run(command="tile", wait=False, **fields)
     until(looked_at(job, 3))  # by the first once, by the second again and again
     job.s3.held = ""
@@ -200,7 +205,7 @@ def test_a_slide_whose_tiler_was_killed_is_taken_over(
     other, fields = of_another_model(job, tmp_path)
     job.s3.held = "one.tiff"
     begun = job.run(command="tile", wait=False, **shard_fields())
-    until(lambda: any(key.endswith("one.tiff") for _, key in list(job.s3.log)))
+    until(read(job, "one.tiff"))
     second = other.run(command="tile", wait=False, **fields)
     until(looked_at(job, 3))
     assert not written(job, "/tileset.json")
