@@ -1,6 +1,6 @@
 /** What the tests of SageMaker's jobs share: folders and engines that are gone afterwards, objects, and patience. */
 import { execFileSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { GetObjectCommand, PutObjectCommand } from '@aws-sdk/client-s3';
@@ -54,6 +54,13 @@ export async function until<T>(
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
   throw new Error('It did not come to pass within 30 s.');
+}
+
+/** The records of a file that another process appends to; a line that it has not ended yet is left for later. */
+export function records<T>(path: string): T[] {
+  if (!existsSync(path)) return [];
+  const lines = readFileSync(path, 'utf8').split('\n').slice(0, -1);
+  return lines.map((line) => JSON.parse(line) as T);
 }
 
 export async function put({ s3 }: Engine, key: string, body: string | Uint8Array): Promise<void> {

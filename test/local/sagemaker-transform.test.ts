@@ -26,7 +26,7 @@ import { pack } from 'tar-stream';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { markOf } from '../../local/sagemaker/processes.ts';
 import { TRANSFORM_LOG_GROUP } from '../../local/sagemaker/service.ts';
-import { Bench, get, namespacesWork, put, until } from './sagemaker-bench.ts';
+import { Bench, get, namespacesWork, put, records, until } from './sagemaker-bench.ts';
 import { type Engine, type EngineOptions, IMAGE, JOB_ROLE } from './sagemaker-engine.ts';
 
 /** A server whose answers go by what an object says; it knows nothing of slides. */
@@ -491,13 +491,7 @@ describe('an engine that is killed', () => {
     const ModelClientConfig = { InvocationsTimeoutInSeconds: 4, InvocationsMaxRetries: 3 };
     await create({ client }, request('again', { MaxConcurrentTransforms: 1, ModelClientConfig }));
     const folder = join(options.state, 'jobs', '.transform', 'again');
-    const outcomes = () =>
-      existsSync(join(folder, 'outcomes.jsonl'))
-        ? readFileSync(join(folder, 'outcomes.jsonl'), 'utf8')
-            .trim()
-            .split('\n')
-            .map((text) => JSON.parse(text).key)
-        : [];
+    const outcomes = () => records<{ key: string }>(join(folder, 'outcomes.jsonl')).map(({ key }) => key);
     await until(() => outcomes().length === 2);
     const { instances } = JSON.parse(readFileSync(join(folder, 'job.json'), 'utf8'));
     const [{ process: server }] = instances;

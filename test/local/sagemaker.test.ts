@@ -22,7 +22,7 @@ import { markOf, sessionOf } from '../../local/sagemaker/processes.ts';
 import { PROCESSING_LOG_GROUP } from '../../local/sagemaker/service.ts';
 import { UnsupportedLocally } from '../../local/types.ts';
 import { projectPython } from '../support/python.ts';
-import { Bench, get, namespacesWork, put, until } from './sagemaker-bench.ts';
+import { Bench, get, namespacesWork, put, records, until } from './sagemaker-bench.ts';
 import { type Engine, type EngineOptions, IMAGE, JOB_ROLE } from './sagemaker-engine.ts';
 
 const JOB = `
@@ -462,15 +462,10 @@ describe('an engine that is killed', () => {
       credentials: { accessKeyId: 'ROOT', secretAccessKey: 'root' },
     });
     await create({ client }, request('again', 'resume', instances(2)));
-    const attempts = (host: string) => {
-      const path = join(options.state, 'jobs', 'again', host, 'processing', 'output', 'attempts.jsonl');
-      return existsSync(path)
-        ? readFileSync(path, 'utf8')
-            .trim()
-            .split('\n')
-            .map((line) => JSON.parse(line))
-        : [];
-    };
+    const attempts = (host: string) =>
+      records<{ pids: number[]; alive: number[] }>(
+        join(options.state, 'jobs', 'again', host, 'processing', 'output', 'attempts.jsonl'),
+      );
     await until(() => attempts('algo-1').length === 1 && attempts('algo-2').length === 1);
     const record = JSON.parse(readFileSync(join(options.state, 'jobs', 'again', 'job.json'), 'utf8'));
     leaders.push(...record.instances.map((instance: { process: { pid: number } }) => instance.process.pid));
@@ -488,7 +483,7 @@ describe('an engine that is killed', () => {
     expect((await ended(on, 'again')).ProcessingJobStatus).toBe('Completed');
     for (const host of ['algo-1', 'algo-2']) {
       expect(attempts(host)).toHaveLength(2);
-      expect(attempts(host)[1].alive).toEqual([]);
+      expect(attempts(host)[1]?.alive).toEqual([]);
     }
     expect(await hasLine(on, 'again', 'attempt 2')).toBe(true);
   });
@@ -502,7 +497,7 @@ describe('an engine that is killed', () => {
     expect(left.map((pid) => markOf(pid)?.pid)).toEqual(left);
     const on = await engine(options);
     expect((await ended(on, 'again')).ProcessingJobStatus).toBe('Completed');
-    for (const host of ['algo-1', 'algo-2']) expect(attempts(host)[1].alive).toEqual([]);
+    for (const host of ['algo-1', 'algo-2']) expect(attempts(host)[1]?.alive).toEqual([]);
   });
 
   it('takes its containers with it, even when no other engine comes', async () => {
