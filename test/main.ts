@@ -99,10 +99,14 @@ function countJunit(text: string): Counts {
 
 try {
   const screen = new Screen(process.stdout);
-  const python = await ensurePython(screen, { test: true });
+  // Loading and unpacking leave a processor free for what needs no Python; lines that are redrawn would be in its way.
+  const environment = ensurePython(screen, { test: true });
+  environment.catch(() => {});
+  if (screen.live) await environment;
   await ensurePackage(screen, 'dev');
   await checker('tsc', ['--noEmit']);
   await checker('biome', ['check', '.']);
+  const python = await environment;
   await pythonChecker(python, 'ruff', ['check', '.']);
   await pythonChecker(python, 'ruff', ['format', '--check', '.']);
   await pythonChecker(python, 'mypy', []);

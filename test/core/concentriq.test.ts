@@ -405,8 +405,7 @@ describe('a server in trouble', () => {
     await rejection(find(wanted, client(ACCOUNT, { limits: { backOffSeconds: 0.02 } })));
     const waits = times.slice(1).map((time, i) => time - (times[i] ?? 0));
     expect(waits).toHaveLength(5);
-    expect(waits[4]).toBeGreaterThan(2 * (waits[1] ?? 0));
-    expect(waits.at(-1)).toBeGreaterThan(200);
+    for (const [attempt, wait] of waits.entries()) expect(wait).toBeGreaterThan(14 * 2 ** attempt);
   });
 
   it('is not asked again for an error that stays', async () => {
@@ -428,11 +427,11 @@ describe('a server in trouble', () => {
     const slow = client(ACCOUNT, {
       limits: { requestSeconds: 0.05, overallSeconds: 0.3, backOffSeconds: 0.05 },
     });
-    const begun = performance.now();
     const error = await rejection(find(wanted, slow));
     expect(error).toBeInstanceOf(CatalogueUnavailable);
     expect(error.message).toContain('no answer within 0.0');
-    expect(performance.now() - begun).toBeLessThan(1500);
+    const [asked] = Object.values(server.counts);
+    expect(asked).toBeLessThan(6);
   });
 
   it('that is not there is said so, without what was asked', async () => {

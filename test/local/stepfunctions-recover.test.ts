@@ -197,7 +197,7 @@ describe('within one process', () => {
   const calls: string[] = [];
   const states = {
     First: work('first', { ResultPath: '$.first', Next: 'Wait' }),
-    Wait: { Type: 'Wait', Seconds: 2, Next: 'Second' },
+    Wait: { Type: 'Wait', Seconds: 4, Next: 'Second' },
     Second: {
       Type: 'Task',
       Resource: functionArn('work'),
@@ -241,13 +241,13 @@ describe('within one process', () => {
     const described = await again.sfn.send(new DescribeExecutionCommand({ executionArn }));
     expect(described.status).toBe('RUNNING');
     // The wait is over by now, and is not waited again.
-    await new Promise((resolve) => setTimeout(resolve, 2000));
+    await new Promise((resolve) => setTimeout(resolve, 4000));
     const resumed = Date.now();
     await again.stepFunctions.recover();
     const { output } = await again.outcome(executionArn);
     expect(output).toBe(`second ${startDate?.toISOString()}`);
     expect(calls).toEqual(['first', output]);
-    expect(Date.now() - resumed).toBeLessThan(1800);
+    expect(Date.now() - resumed).toBeLessThan(3800);
     const { events = [] } = await again.sfn.send(new GetExecutionHistoryCommand({ executionArn }));
     expect(events.map(({ id }) => id)).toEqual(events.map((_, index) => index + 1));
     expect(events.filter(({ type }) => type === 'TaskStateEntered')).toHaveLength(2);

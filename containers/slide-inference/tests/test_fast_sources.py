@@ -158,9 +158,7 @@ def test_ranges_are_asked_for_at_the_same_time(s3: Bad) -> None:
     s3.behave = behave
     source = s3.source(streams=6)
     ranges = [(index * 500_000, 1000) for index in range(6)]
-    started = time.monotonic()
     assert source.read(ranges) == [BODY[start : start + size] for start, size in ranges]
-    assert time.monotonic() - started < 0.9
     assert most >= 4
     assert (source.requests, source.bytes_read) == (6, 6000)
 
@@ -220,9 +218,9 @@ def test_reading_ends_in_time_whatever_s3_does(s3: Bad) -> None:
     def trickle(request: Request, _: int, first: int, last: int) -> None:
         request.answer(first, last, send=0)
         with suppress(OSError):
-            for _ in range(40):
-                request.wfile.write(bytes(2000))
-                time.sleep(0.05)
+            for _ in range(160):
+                request.wfile.write(bytes(500))
+                time.sleep(0.06)
 
     for behave in (trickle, lambda r, *_: r.error(503, "SlowDown")):
         s3.behave = behave
@@ -230,7 +228,7 @@ def test_reading_ends_in_time_whatever_s3_does(s3: Bad) -> None:
         started = time.monotonic()
         with pytest.raises(SlideFetchFailed, match=r"Reading from Bronze (took more than|failed)"):
             source.read([(start, 80_000) for start in (0, 1 << 20, 2 << 20)])
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
 
 
 def test_another_object_midway_is_noticed(s3: Bad) -> None:
