@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import cast
 
@@ -22,7 +23,10 @@ class Means:
     """A predictor that answers with each tile's mean."""
 
     spec = SimpleNamespace(px=PX, batch=4, outputs=("mean",))
-    in_flight = 1
+
+    def __init__(self, in_flight: int = 1, *, on_gpu: bool = False) -> None:
+        self.in_flight = in_flight
+        self.on_gpu = on_gpu
 
     def submit(self, tiles: Tiles) -> Callable[[], Values]:
         values = tiles.mean((1, 2, 3), dtype=np.float32)[:, None]
@@ -34,6 +38,38 @@ class Means:
 
 def request(count: int) -> Request:
     return Request([memoryview(bytes([index])) for index in range(count)], 1)
+
+
+@pytest.mark.parametrize(
+    ("predictors", "decoders"),
+    [
+        ([Means()], 1),
+        ([Means()], 3),
+        ([Means(), Means(), Means()], 3),
+        ([Means(on_gpu=True)], 2),
+        ([Means(2, on_gpu=True), Means(2, on_gpu=True)], 1),
+    ],
+)
+def test_requests_of_any_size_at_once_have_each_their_own_answers(
+    predictors: list[Means], decoders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(data: memoryview, out: Tiles) -> None:
+        if data[0] % 13 == 5:
+            raise TileUnreadable("It is damaged.")
+        out[:] = data[0]
+
+    monkeypatch.setattr(module, "decode", decode)
+    batcher = Batcher(cast(list[Predictor], predictors), decoders, 60)
+    requests = [request(count) for _ in range(20) for count in (1, 3, 4, 9, 30)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(batcher.submit, requests))
+    for each in requests:
+        assert each.wait(20)
+        count = len(each.tiles)
+        assert sorted(each.errors) == [index for index in range(count) if index % 13 == 5]
+        expected = [0 if index in each.errors else index for index in range(count)]
+        assert each.values[:, 0].tolist() == expected
+    assert batcher.stuck() is None
 
 
 def test_a_request_for_which_memory_is_short_fails_as_a_whole_and_the_next_is_answered(

@@ -1,10 +1,15 @@
 """Joins the tiles of all requests into full batches, and decodes the next ones while the model works:
 
-    decode   threads take the tiles of the oldest request first, a few at a time, into the batch that is open
-    predict  a thread per predictor takes full batches; one that is not full only when no tile is left to decode
+    decode   the tiles of the oldest request first, a few at a time, into the batch that is open
+    predict  full batches; one that is not full only when no tile is left to decode
 
-Everything between them is bounded by the slots for batches. After an error of the model its tiles are found by
-halves, so that it costs them only. That a model does not answer at all is told to who asks whether it is stuck."""
+On a GPU each predictor has a thread, and others decode. On processors a predictor's thread does both, what is ready
+first: threads of which each does one of them, twice as many as there are processors, would take turns in the middle
+of their work, each with the cache full of the other's.
+
+Everything between decoding and predicting is bounded by the slots for batches. After an error of the model its
+tiles are found by halves, so that it costs them only. That a model does not answer at all is told to who asks
+whether it is stuck."""
 
 from __future__ import annotations
 
@@ -107,26 +112,26 @@ class _Flight:
 
 class Batcher:
     def __init__(self, predictors: Sequence[Predictor], decoders: int, model_seconds: float) -> None:
-        """A predictor that takes longer than `model_seconds` for a batch is stuck; its thread is lost."""
+        """So many threads decode, those of processors' predictors among them. A predictor that takes longer than
+        `model_seconds` for a batch is stuck; its thread is lost."""
         spec = predictors[0].spec
         self._predictors = predictors
         self._seconds = model_seconds
         self.batch = max(1, min(spec.batch, _SLOT_BYTES // (spec.px**2 * 3)))
-        count = 2 + sum(1 + predictor.in_flight for predictor in predictors)
+        count = 2 + sum(predictor.in_flight + predictor.on_gpu for predictor in predictors)
         shape = (self.batch, spec.px, spec.px, 3)
         self._free = [_Slot(np.empty(shape, np.uint8), np.zeros(self.batch, np.bool_)) for _ in range(count)]
         self._open: _Slot | None = None
         self._full: deque[_Slot] = deque()
         self._pending: deque[Request] = deque()
         self._flights: list[list[_Flight]] = [[] for _ in predictors]
-        self._lock = threading.Lock()
-        self._decodable = threading.Condition(self._lock)
-        self._predictable = threading.Condition(self._lock)
+        self._changed = threading.Condition()
         self._fault: str | None = None
-        for number in range(decoders):
-            self._thread(f"decode-{number}", self._decode)
         for number, predictor in enumerate(predictors):
-            self._thread(f"predict-{number}", self._predict, predictor, self._flights[number])
+            body = self._predict if predictor.on_gpu else self._decode_and_predict
+            self._thread(f"predict-{number}", body, predictor, self._flights[number])
+        for number in range(decoders - sum(not predictor.on_gpu for predictor in predictors)):
+            self._thread(f"decode-{number}", self._decode)
 
     def _thread(self, name: str, body: Callable[..., None], *args: object) -> None:
         def guarded() -> None:
@@ -138,16 +143,16 @@ class Batcher:
         threading.Thread(target=guarded, name=name, daemon=True).start()
 
     def submit(self, request: Request) -> None:
-        with self._lock:
+        with self._changed:
             if request.next < len(request.tiles):
                 self._pending.append(request)
-            self._decodable.notify_all()
+            self._changed.notify_all()
 
     def stuck(self) -> str | None:
         """Why a predictor will not answer any more, if one is so; `give_up` fails the requests concerned."""
         late = time.monotonic() - self._seconds
         reason = self._fault
-        with self._lock:
+        with self._changed:
             for flight in (flight for own in self._flights for flight in own):
                 if flight.since < late:
                     flight.lost = f"The model did not answer within {self._seconds:g} s."
@@ -156,7 +161,7 @@ class Batcher:
 
     def give_up(self) -> None:
         """Fails the requests that a stuck predictor has tiles of."""
-        with self._lock:
+        with self._changed:
             for flight in (flight for own in self._flights for flight in own if flight.lost):
                 for part in flight.slot.parts:
                     part.request.fail(ModelStuck(flight.lost))
@@ -165,33 +170,35 @@ class Batcher:
 
     def _decode(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
                 while (claim := self._claim()) is None:
-                    self._decodable.wait()
-            slot, part = claim
-            errors: dict[int, SlidewayError] = {}
-            for offset in range(part.count):
-                row, index = part.first + offset, part.index + offset
-                slot.readable[row] = False
-                if part.request.failure is None:
-                    try:
-                        decode(part.request.tiles[index], slot.tiles[row])
-                        slot.readable[row] = True
-                    except TileUnreadable as error:
-                        errors[index] = error
-                    except MemoryError:  # the tile may be good, and is not to be missing
-                        part.request.fail(Unavailable("No memory was free to decode its tiles."))
-            with self._lock:
-                part.request.errors |= errors
-                slot.awaited -= part.count
-                if slot.awaited == 0 and (slot.count == self.batch or not self._pending):
-                    self._predictable.notify_all()
+                    self._changed.wait()
+            self._read(*claim)
+
+    def _read(self, slot: _Slot, part: _Part) -> None:
+        errors: dict[int, SlidewayError] = {}
+        for offset in range(part.count):
+            row, index = part.first + offset, part.index + offset
+            slot.readable[row] = False
+            if part.request.failure is None:
+                try:
+                    decode(part.request.tiles[index], slot.tiles[row])
+                    slot.readable[row] = True
+                except TileUnreadable as error:
+                    errors[index] = error
+                except MemoryError:  # the tile may be good, and is not to be missing
+                    part.request.fail(Unavailable("No memory was free to decode its tiles."))
+        with self._changed:
+            part.request.errors |= errors
+            slot.awaited -= part.count
+            if slot.awaited == 0 and (slot.count == self.batch or not self._pending):
+                self._changed.notify_all()
 
     def _claim(self) -> tuple[_Slot, _Part] | None:
         """The next tiles of the oldest request, and rows of the open batch for them."""
         while self._pending and self._pending[0].failure is not None:
             self._pending.popleft()
-            self._predictable.notify_all()
+            self._changed.notify_all()
         if not self._pending or (self._open is None and not self._free):
             return None
         slot = self._open = self._open or self._free.pop()
@@ -211,32 +218,49 @@ class Batcher:
 
     # --- predict -----------------------------------------------------------------------------------------------
 
+    def _decode_and_predict(self, predictor: Predictor, flights: list[_Flight]) -> None:
+        while True:
+            with self._changed:
+                while (slot := self._ready()) is None and (claim := self._claim()) is None:
+                    self._changed.wait()
+            if slot is None:
+                assert claim is not None
+                self._read(*claim)
+                continue
+            self._begin(predictor, slot, flights)
+            if not self._landed(predictor, flights):
+                return
+
     def _predict(self, predictor: Predictor, flights: list[_Flight]) -> None:
         while True:
-            slot = self._next(wait=not flights)
+            with self._changed:
+                while (slot := self._ready()) is None and not flights:
+                    self._changed.wait()
             if slot is not None:
                 self._begin(predictor, slot, flights)
-            if slot is None or len(flights) >= predictor.in_flight:
-                try:
-                    self._land(predictor, flights)
-                except _Lost as error:
-                    flights[0].lost = str(error)
-                    return
+            if (slot is None or len(flights) >= predictor.in_flight) and not self._landed(predictor, flights):
+                return
 
-    def _next(self, wait: bool) -> _Slot | None:
-        with self._lock:
-            while True:
-                for slot in self._full:
-                    if slot.awaited == 0:
-                        self._full.remove(slot)
-                        return slot
-                rest = self._open
-                if rest is not None and not self._pending and not self._full and rest.awaited == 0:
-                    self._open = None
-                    return rest
-                if not wait:
-                    return None
-                self._predictable.wait()
+    def _ready(self) -> _Slot | None:
+        """A batch that is full and decoded, or the last one."""
+        for slot in self._full:
+            if slot.awaited == 0:
+                self._full.remove(slot)
+                return slot
+        rest = self._open
+        if rest is not None and not self._pending and not self._full and rest.awaited == 0:
+            self._open = None
+            return rest
+        return None
+
+    def _landed(self, predictor: Predictor, flights: list[_Flight]) -> bool:
+        """Whether the oldest batch under way was answered, and the predictor will answer others, too."""
+        try:
+            self._land(predictor, flights)
+        except _Lost as error:
+            flights[0].lost = str(error)
+            return False
+        return True
 
     def _begin(self, predictor: Predictor, slot: _Slot, flights: list[_Flight]) -> None:
         rows = np.flatnonzero(slot.readable[: slot.count])
@@ -244,7 +268,7 @@ class Batcher:
             if part.request.failure is not None:  # nobody waits for these any more
                 rows = rows[(rows < part.first) | (rows >= part.first + part.count)]
         flight = _Flight(slot, rows, time.monotonic())
-        with self._lock:
+        with self._changed:
             flights.append(flight)
         if not len(rows):
             return
@@ -264,7 +288,7 @@ class Batcher:
                 self._apart(predictor, flight, rows, values, errors)
         except ModelError:
             self._apart(predictor, flight, rows, values, errors)
-        with self._lock:
+        with self._changed:
             flights.remove(flight)
             for part in slot.parts:
                 stop = part.first + part.count
@@ -276,8 +300,7 @@ class Batcher:
             slot.parts.clear()
             slot.count = 0
             self._free.append(slot)
-            self._decodable.notify_all()
-            self._predictable.notify_all()
+            self._changed.notify_all()
 
     def _apart(
         self,
