@@ -173,9 +173,9 @@ class Batcher:
             with self._changed:
                 while (claim := self._claim()) is None:
                     self._changed.wait()
-            self._read(*claim)
+            self._decode_part(*claim)
 
-    def _read(self, slot: _Slot, part: _Part) -> None:
+    def _decode_part(self, slot: _Slot, part: _Part) -> None:
         errors: dict[int, SlidewayError] = {}
         for offset in range(part.count):
             row, index = part.first + offset, part.index + offset
@@ -225,7 +225,7 @@ class Batcher:
                     self._changed.wait()
             if slot is None:
                 assert claim is not None
-                self._read(*claim)
+                self._decode_part(*claim)
                 continue
             self._begin(predictor, slot, flights)
             if not self._landed(predictor, flights):

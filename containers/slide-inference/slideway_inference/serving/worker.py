@@ -57,38 +57,29 @@ def work(listening: int, lifeline: int, again: int) -> int:
         batch=batcher.batch,
         seconds=round(time.monotonic() - started, 3),
     )
+
+    def make_way(event: str, reason: str, seconds: float) -> NoReturn:
+        """Answers what is under way, as far as it can be, and leaves new connections to the next worker. Nobody is
+        told to try again before new requests go there."""
+        log.event(event, level="error", message=reason)
+        server.shutdown()
+        service.stop(f"The server starts anew. {reason}")
+        batcher.give_up()
+        service.drained(seconds)
+        _leave(again)
+
     while not stop.wait(_WATCH_SECONDS):
         reason = batcher.stuck()
         if reason is not None:
-            _make_way(service, server, batcher, log, "model-stuck", reason, _STUCK_DRAIN_SECONDS, again)
+            make_way("model-stuck", reason, _STUCK_DRAIN_SECONDS)
         resident = resident_bytes()
         if resident > settings.memory:
             reason = f"The process has {resident >> 20} MB; {settings.memory >> 20} MB is the limit."
-            _make_way(service, server, batcher, log, "memory-high", reason, settings.drain_seconds, again)
+            make_way("memory-high", reason, settings.drain_seconds)
     service.stop("The server is stopping.")
     drained = service.drained(settings.drain_seconds)
     log.event("serve-ended", level="info" if drained else "warning", exitCode=0, drained=drained)
     return _leave(0)
-
-
-def _make_way(
-    service: Service,
-    server: Server,
-    batcher: Batcher,
-    log: Log,
-    event: str,
-    reason: str,
-    seconds: float,
-    again: int,
-) -> NoReturn:
-    """Answers what is under way, as far as it can be, and leaves new connections to the next worker. Nobody is told
-    to try again before new requests go there."""
-    log.event(event, level="error", message=reason)
-    server.shutdown()
-    service.stop(f"The server starts anew. {reason}")
-    batcher.give_up()
-    service.drained(seconds)
-    _leave(again)
 
 
 def _leave(code: int) -> NoReturn:
