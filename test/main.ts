@@ -112,7 +112,8 @@ try {
   await pythonChecker(python, 'mypy', []);
   if (has(python, 'pyarrow')) {
     const junit = join(reports, 'pytest.xml');
-    const args = ['-m', 'pytest', '-q', '-n', '2', `--junitxml=${junit}`];
+    // A third: one of them often waits, for a time-out or a process that starts.
+    const args = ['-m', 'pytest', '-q', '-n', '3', `--junitxml=${junit}`];
     await runner(python, args, junit, countJunit, CONTAINER);
   } else skip("the container's tests", 'pyarrow');
   const vitest = join(reports, 'vitest.json');
