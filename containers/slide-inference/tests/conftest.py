@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ CONTAINER = Path(__file__).resolve().parents[1]
 REAL_SLIDES = Path(os.environ.get("SLIDEWAY_TEST_SLIDES", CONTAINER.parents[2] / "shared/slides"))
 
 needs_real_slides = pytest.mark.skipif(not REAL_SLIDES.is_dir(), reason="SLIDEWAY_TEST_SLIDES is not there")
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @dataclass
@@ -53,6 +61,10 @@ class Job:
     hosts: tuple[str, ...] = ("algo-1",)
     host: str = "algo-1"
     name: str = "job-1"
+
+    def has_read(self, name: str) -> Callable[[], bool]:
+        """Whether something of that name was asked for."""
+        return lambda: any(call == "GET" and name in key for call, key in list(self.s3.log))
 
     def use_model(self, package: bytes, **changes: str) -> None:
         with tarfile.open(fileobj=io.BytesIO(package)) as tar:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job
+from conftest import Job, until
 from fast_slides import picture, save_jpeg
 from s3 import S3
 from tilesets import put, shard_fields, tile
@@ -34,13 +34,6 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         monkeypatch.setenv(name, value)
     yield made
     made.close()
-
-
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def claims(name: str, seconds: float = 60) -> Claims:
@@ -158,11 +151,6 @@ def looked_at(job: Job, calls: int) -> Callable[[], bool]:
     return looked
 
 
-def read(job: Job, name: str) -> Callable[[], bool]:
-    """Whether a slide was asked for."""
-    return lambda: any(key.endswith(name) for _, key in list(job.s3.log))
-
-
 def written(job: Job, name: str) -> list[str]:
     return [key for call, key in job.s3.log if call == "PUT" and key.endswith(name)]
 
@@ -176,7 +164,7 @@ def test_two_models_of_a_run_have_each_slide_tiled_once(
     other, fields = of_another_model(job, tmp_path)
     job.s3.held = "one.tiff"
     begun = job.run(command="tile", wait=False, **shard_fields())
-    until(read(job, "one.tiff"))
+    until(job.has_read("one.tiff"))
     second = other.run(command="tile", wait=False, **fields)
     until(looked_at(job, 3))  # by the first once, by the second again and again
     job.s3.held = ""
@@ -205,7 +193,7 @@ def test_a_slide_whose_tiler_was_killed_is_taken_over(
     other, fields = of_another_model(job, tmp_path)
     job.s3.held = "one.tiff"
     begun = job.run(command="tile", wait=False, **shard_fields())
-    until(read(job, "one.tiff"))
+    until(job.has_read("one.tiff"))
     second = other.run(command="tile", wait=False, **fields)
     until(looked_at(job, 3))
     assert not written(job, "/tileset.json")

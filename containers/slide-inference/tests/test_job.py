@@ -15,7 +15,7 @@ import packages
 import pyarrow.parquet as pq
 import pytest
 import slides
-from conftest import REAL_SLIDES, Job, needs_real_slides
+from conftest import REAL_SLIDES, Job, needs_real_slides, until
 from test_model import expected_area
 from test_readers import damaged
 
@@ -260,10 +260,7 @@ def test_a_job_told_to_stop_leaves_nothing_half_done(job: Job, tmp_path: Path) -
     job.use_model(packages.model_package(packages.Slow(), tile={"px": 64, "mpp": 0.5}, batch=2))
     job.add("slow", small(tmp_path, "slow.tiff"))
     process = job.run(wait=False)
-    deadline = time.monotonic() + 60
-    while not any(call == "GET" and "slow.tiff" in key for call, key in job.s3.log):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(job.has_read("slow.tiff"))
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     told = time.monotonic()

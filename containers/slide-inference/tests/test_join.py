@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import signal
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import packages
 import pyarrow.parquet as pq
 import pytest
 import slides
-from conftest import REAL_SLIDES, Job, needs_real_slides
+from conftest import REAL_SLIDES, Job, needs_real_slides, until
 from fast_slides import picture, save_jpeg
 from s3 import S3
 from serving import Served
@@ -364,10 +363,7 @@ def test_a_join_that_is_stopped_leaves_nothing_half_done(tiled: Job) -> None:
     transform(tiled, made(tiled, "one"), lines)
     tiled.s3.slow = (".out", 1.0)
     process = tiled.run(command="join", wait=False, **small_packs())
-    deadline = time.monotonic() + 60
-    while not any(key.startswith(OUT) for call, key in tiled.s3.log if call == "GET"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(tiled.has_read(OUT))
     process.send_signal(signal.SIGTERM)
     ended = tiled.end(process)
     assert ended.code == 143, ended.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import packages
 import pytest
 import slides
 import tifffile
-from conftest import Job, crash_readers
+from conftest import Job, crash_readers, until
 from fast_slides import jpeg, picture, save_jpeg
 
 from slideway_inference.log import Log
@@ -68,10 +67,7 @@ def test_where_the_fast_reader_crashes_the_rest_is_read_from_disk(counting: Job,
     path = many(tmp_path, "one.tiff", 0)
     counting.add("one", path)
     process = counting.run(wait=False)
-    deadline = time.monotonic() + 60
-    while not any(call == "GET" and "one.tiff" in key for call, key in counting.s3.log):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(counting.has_read("one.tiff"))
     crash_readers(process)
     ended = counting.end(process)
     assert ended.code == 0, ended.message + ended.stderr

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import openslide
 import pytest
 import slides
-from conftest import REAL_SLIDES, Ended, Job, crash_readers, needs_real_slides
+from conftest import REAL_SLIDES, Ended, Job, crash_readers, needs_real_slides, until
 from fast_slides import picture, save_jpeg
 from PIL import Image
 from skimage.filters import threshold_otsu
@@ -295,10 +294,7 @@ def test_where_the_fast_reader_crashes_the_rest_is_tiled_from_disk(job: Job, tmp
     job.add("one", path)
     job.s3.slow = (path.name, 0.3)
     process = job.run(command="tile", wait=False, **shard_fields(px=64, format=form))
-    deadline = time.monotonic() + 60
-    while not any(call == "GET" and path.name in key for call, key in job.s3.log):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(job.has_read(path.name))
     job.s3.slow = None
     crash_readers(process)
     ended = job.end(process)
@@ -395,11 +391,7 @@ def test_a_tiler_that_is_stopped_leaves_no_marker_and_the_next_goes_on(
     job.s3.slow = ("second.tiff", 0.4)
     fields = shard_fields(px=32, format="png")
     process = job.run(command="tile", wait=False, **fields)
-    deadline = time.monotonic() + 60
-    while ("silver", "runs/run-1/jobs/m/tiled/first.json") not in job.s3.objects:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
+    until(lambda: ("silver", "runs/run-1/jobs/m/tiled/first.json") in job.s3.objects)
     process.send_signal(sent)
     ended = process.wait(20)
     assert ended == (143 if sent == signal.SIGTERM else -9)

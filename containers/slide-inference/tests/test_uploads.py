@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import pytest
+from conftest import until
 
 from slideway_inference import uploads as module
 from slideway_inference.errors import OutputFailed, Stopped
@@ -36,13 +36,6 @@ class Kept:
 def uploads(kept: Kept, stop: threading.Event | None = None) -> tuple[Uploads, SlideUploads]:
     shared = Uploads(cast(Store, kept), stop or threading.Event())
     return shared, SlideUploads(shared, "silver", Requests())
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_what_one_thread_puts_while_another_waits_for_room_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
