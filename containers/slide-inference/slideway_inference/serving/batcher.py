@@ -36,7 +36,7 @@ from slideway_inference.serving.decoding import decode
 
 _SLOT_BYTES = 32 << 20
 _CHUNK = 8
-"""Tiles that a decoding thread takes at once."""
+"""Tiles that a decoding thread takes at once, or its share of a batch where that is more."""
 _DEVICE_LOST = "CUDA error"
 """After such an error a process gets nothing from its GPU any more."""
 
@@ -127,10 +127,12 @@ class Batcher:
         self._flights: list[list[_Flight]] = [[] for _ in predictors]
         self._changed = threading.Condition()
         self._fault: str | None = None
+        both = sum(not predictor.on_gpu for predictor in predictors)
+        self._decoders = max(decoders, both)
         for number, predictor in enumerate(predictors):
             body = self._predict if predictor.on_gpu else self._decode_and_predict
             self._thread(f"predict-{number}", body, predictor, self._flights[number])
-        for number in range(decoders - sum(not predictor.on_gpu for predictor in predictors)):
+        for number in range(self._decoders - both):
             self._thread(f"decode-{number}", self._decode)
 
     def _thread(self, name: str, body: Callable[..., None], *args: object) -> None:
@@ -203,7 +205,9 @@ class Batcher:
             return None
         slot = self._open = self._open or self._free.pop()
         request = self._pending[0]
-        count = min(_CHUNK, self.batch - slot.count, len(request.tiles) - request.next)
+        left = len(request.tiles) - request.next
+        share = min(left, self.batch) // self._decoders
+        count = min(max(_CHUNK, share), self.batch - slot.count, left)
         part = _Part(request, request.next, slot.count, count)
         request.next += count
         if request.next == len(request.tiles):
