@@ -228,7 +228,7 @@ def test_reading_ends_in_time_whatever_s3_does(s3: Bad) -> None:
         started = time.monotonic()
         with pytest.raises(SlideFetchFailed, match=r"Reading from Bronze (took more than|failed)"):
             source.read([(start, 80_000) for start in (0, 1 << 20, 2 << 20)])
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 2
 
 
 def test_another_object_midway_is_noticed(s3: Bad) -> None:

@@ -391,7 +391,12 @@ def test_a_tiler_that_is_stopped_leaves_no_marker_and_the_next_goes_on(
     job.s3.slow = ("second.tiff", 0.4)
     fields = shard_fields(px=32, format="png")
     process = job.run(command="tile", wait=False, **fields)
-    until(lambda: ("silver", "runs/run-1/jobs/m/tiled/first.json") in job.s3.objects)
+
+    def first_is_tiled() -> bool:
+        assert process.poll() is None
+        return ("silver", "runs/run-1/jobs/m/tiled/first.json") in job.s3.objects
+
+    until(first_is_tiled)
     process.send_signal(sent)
     ended = process.wait(20)
     assert ended == (143 if sent == signal.SIGTERM else -9)
