@@ -19,7 +19,7 @@ from pathlib import Path
 from slideway_inference.contracts import Shard, parse_shard
 from slideway_inference.errors import JobFailed, ModelHangs, ShardInvalid, Stopped
 from slideway_inference.log import Log
-from slideway_inference.pipeline import Pipeline, Tally, Task, processors, shares
+from slideway_inference.pipeline import Pipeline, Tally, Task, processors, readers_for, shares
 from slideway_inference.store import Store
 
 _MESSAGE_BYTES = 1024
@@ -136,11 +136,6 @@ def work_slides(job: Job, store: Store, task: Task, readers: int) -> None:
         tally=job.tally,
     )
     pipeline.run(job.shards)
-
-
-def readers_for(cores: int) -> int:
-    """Readers only wait when what follows is slower, so there is one per processor that feeds no GPU."""
-    return int(os.environ.get("SLIDEWAY_READERS", 0)) or max(1, cores)
 
 
 def _job_name(root: Path) -> str:

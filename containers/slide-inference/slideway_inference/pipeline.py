@@ -994,3 +994,8 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def readers_for(cores: int) -> int:
+    """Readers only wait when what follows is slower, so there is one per processor that feeds no GPU."""
+    return int(os.environ.get("SLIDEWAY_READERS", 0)) or max(1, cores)

@@ -24,9 +24,19 @@ from slideway_inference.encode import CONTENT_TYPES as TILE_TYPES
 from slideway_inference.encode import encode
 from slideway_inference.errors import ShardInvalid, SlideQuarantined, TilesetMissing, by_name
 from slideway_inference.fast import Form
-from slideway_inference.job import Job, readers_for, work_slides
+from slideway_inference.job import Job, work_slides
 from slideway_inference.packs import Packer
-from slideway_inference.pipeline import Answers, Later, Lengths, SlideWork, Task, Tiles, processors, rounded
+from slideway_inference.pipeline import (
+    Answers,
+    Later,
+    Lengths,
+    SlideWork,
+    Task,
+    Tiles,
+    processors,
+    readers_for,
+    rounded,
+)
 from slideway_inference.results import completion, is_done, result_key, write_marker
 from slideway_inference.store import Requests, Store
 from slideway_inference.tileset import (

@@ -115,7 +115,6 @@ class Batcher:
         """So many threads decode, those of processors' predictors among them. A predictor that takes longer than
         `model_seconds` for a batch is stuck; its thread is lost."""
         spec = predictors[0].spec
-        self._predictors = predictors
         self._seconds = model_seconds
         self.batch = max(1, min(spec.batch, _SLOT_BYTES // (spec.px**2 * 3)))
         count = 2 + sum(predictor.in_flight + predictor.on_gpu for predictor in predictors)

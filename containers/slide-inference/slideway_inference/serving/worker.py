@@ -14,7 +14,7 @@ from slideway_inference.errors import SlidewayError
 from slideway_inference.log import Log
 from slideway_inference.model.package import open_folder
 from slideway_inference.model.predictors import load_predictors
-from slideway_inference.pipeline import processors
+from slideway_inference.pipeline import processors, readers_for
 from slideway_inference.serving.batcher import Batcher
 from slideway_inference.serving.server import Server, Service
 from slideway_inference.serving.settings import Settings, resident_bytes
@@ -43,8 +43,7 @@ def work(listening: int, lifeline: int, again: int) -> int:
         print(f"{error.name}: {error}", file=sys.stderr)
         return 1
     gpus = sum(predictor.on_gpu for predictor in predictors)
-    decoders = int(os.environ.get("SLIDEWAY_READERS", 0)) or max(1, cores - gpus)
-    batcher = Batcher(predictors, decoders, settings.model_seconds)
+    batcher = Batcher(predictors, readers_for(cores - gpus), settings.model_seconds)
     service = Service(settings, batcher, package.spec.outputs, log)
     server = Server(socket.socket(fileno=listening), service)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
